@@ -1,0 +1,52 @@
+# Every target makes what it needs: Python 3.10 or newer and make are enough.
+#   make test PYTHON=python3.12                          another Python
+#   make test CONSTRAINTS=constraints-lowest.txt         the oldest supported versions
+#   make test CONSTRAINTS=                               the newest versions there are
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+# The name of the stamp holds the choice of versions: another choice installs anew.
+STAMP := $(VENV)/.installed-$(notdir $(or $(CONSTRAINTS),newest))
+QUIET := $(shell test -t 2 || echo -qq)
+# Workers share the cores, so each takes one thread; they must also order sets alike to agree on the tests.
+TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONHASHSEED=0
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format coverage bench-roundtrip clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP)  ## fit the eight schools with a flow guide, print and draw the result
+	MPLBACKEND=Agg $(BIN)/python examples/eight_schools.py
+
+test: $(STAMP)  ## run all tests and the examples in docstrings
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: $(STAMP)  ## check style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+coverage: $(STAMP)  ## run the tests and list the lines that none of them reaches
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --cov
+
+bench-roundtrip: $(STAMP)  ## measure the float32 round-trip error of deep stacks, beside Pyro's coupling
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/round_trip.py
+
+clean:  ## remove the environment and all that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.installed-*
+	PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install $(QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	touch $@
