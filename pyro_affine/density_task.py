@@ -1,0 +1,157 @@
+"""The mean log-density of minibatches, as a task for the training loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyro_affine.batches import Rows
+
+_CHUNK = 4096  # rows scored at once, without gradients
+_SAMPLE = 10_000  # training rows that the weights to keep are chosen by where no rows are held out
+
+
+class Batches(Protocol):
+    """Where minibatches come from: ``RowBatches`` or ``LoaderBatches``."""
+
+    per_epoch: int | None
+
+    def next(self) -> Rows:
+        """The next minibatch."""
+
+    def first(self, limit: int) -> Rows:
+        """Up to ``limit`` rows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class DensityTask:
+    """The density of a flow, as a task for the training loop.
+
+    Args:
+        flow: a Module with ``log_prob``.
+        batches: the training data.
+        held_out: rows to score, or None.
+        arguments: what a checkpoint must agree with.
+
+    Raises:
+        ValueError: if the flow does not give one log-density for each row.
+    """
+
+    kind = "density"
+    loss_name, score_name = "train", "held out"
+    remedy = "Look for extreme rows in the data, use a bounded scale map such as AtanScale, or lower learning_rate."
+
+    def __init__(self, flow: nn.Module, batches: Batches, held_out: Rows | None, *, arguments: dict[str, Any]) -> None:
+        self.flow, self.batches, self.held_out, self.arguments = flow, batches, held_out, arguments
+        self._device = next(iter([*flow.parameters(), *flow.buffers()])).device
+        self._sample = batches.first(_SAMPLE) if held_out is None else held_out
+        self._batch = self._sample[:2].to(self._device)
+        self._entries = self._batch.value[0].numel()
+        self._is_image = self._batch.value.dim() == 4
+        shape = self._score(self._batch).shape
+        if shape != (len(self._batch.value),):
+            raise ValueError(
+                f"log_prob must give one value for each row, got shape {tuple(shape)} for {len(self._batch.value)} "
+                f"rows of shape {tuple(self._batch.value.shape[1:])}; check the event shape of the flow"
+            )
+
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters of the flow that require a gradient."""
+        return {name: p for name, p in self.flow.named_parameters() if p.requires_grad}
+
+    def prepare(self) -> None:
+        """Fetch a minibatch."""
+        self._batch = self.batches.next().to(self._device)
+
+    def loss(self) -> Tensor:
+        """Mean negative log-density of the minibatch, in nats."""
+        return -self._log_prob(self._batch).mean()
+
+    def scores(self) -> Tensor | None:
+        """Log-densities of the held-out rows, in nats."""
+        return None if self.held_out is None else self._score(self.held_out)
+
+    def final_scores(self) -> Tensor:
+        """Log-densities of the held-out rows, or of some training rows where there are none."""
+        return self._score(self._sample)
+
+    @torch.no_grad()
+    def _score(self, rows: Rows) -> Tensor:
+        self.flow.eval()
+        starts = range(0, len(rows.value), _CHUNK)
+        chunks = [self._log_prob(rows[start : start + _CHUNK].to(self._device)) for start in starts]
+        self.flow.train()
+        return torch.cat(chunks).cpu()
+
+    def _log_prob(self, rows: Rows) -> Tensor:
+        log_prob: Any = self.flow.log_prob
+        values: Tensor = log_prob(rows.value) if rows.context is None else log_prob(rows.value, rows.context)
+        return values
+
+    @torch.no_grad()
+    def locate(self) -> str:
+        """The first layer, from the data on, whose value or log-determinant for the minibatch is not finite."""
+        y = self._batch.value
+        for name, layer in reversed(layers(self.flow, self._batch.context)):
+            y, log_det = layer._backward(y)
+            what = "value" if not torch.isfinite(y).all() else "log-determinant"
+            if what == "value" or not torch.isfinite(log_det).all():
+                return f"the {what} of {name} ({type(layer).__name__}), from data to base, is not finite"
+        return ""
+
+    def bits_per_dim(self, loss: float) -> float | None:
+        """The loss in bits per entry, for events of three dimensions."""
+        return loss / (self._entries * math.log(2)) if self._is_image else None
+
+    def describe(self, loss: float) -> str:
+        """The loss in nats, or in bits per dimension for images."""
+        bits = self.bits_per_dim(loss)
+        return f"{loss:.4g} nats" if bits is None else f"{bits:.3f} bits/dim"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the data."""
+        return self.batches.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.batches.load_state_dict(state)
+
+
+def layers(flow: nn.Module, context: Tensor | None = None) -> list[tuple[str, Any]]:
+    """The layers of a flow and where they are in it, base side first; empty if it has no chain of parts.
+
+    >>> from pyro_affine import NormalizingFlow, real_nvp
+    >>> [name for name, _ in layers(NormalizingFlow(real_nvp(2, num_layers=2), 2))]
+    ['chain.parts[0].parts[0]', 'chain.parts[0].parts[1]', 'chain.parts[1]']
+    """
+    for name in ("chain", "transform"):
+        part = getattr(flow, name, None)
+        if part is not None:
+            conditioned = part.condition(context) if hasattr(part, "condition") and context is not None else part
+            leaves = _leaves(name, conditioned)
+            return leaves if all(hasattr(layer, "_backward") for _, layer in leaves) else []
+    return []
+
+
+def _leaves(name: str, part: Any) -> list[tuple[str, Any]]:
+    if not hasattr(part, "parts") or hasattr(part, "initialize"):
+        return [(name, part)]
+    return [leaf for index, inner in enumerate(part.parts) for leaf in _leaves(f"{name}.parts[{index}]", inner)]
+
+
+@torch.no_grad()
+def initialize_layers(flow: nn.Module, rows: Rows) -> None:
+    """Give each layer that has ``initialize`` and is not ``initialized`` yet the rows as they arrive at it."""
+    y = rows.value
+    for _, layer in reversed(layers(flow, rows.context)):
+        if hasattr(layer, "initialize") and not layer.initialized:
+            layer.initialize(y)
+        y, _ = layer._backward(y)

@@ -1,0 +1,199 @@
+"""Density fits in one call."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pyro_affine.batches import LoaderBatches, RowBatches, RowCheck, Rows
+from pyro_affine.density_task import DensityTask, initialize_layers
+from pyro_affine.fit_result import FitResult
+from pyro_affine.random_state import new_seed, seeded
+from pyro_affine.stopping import Budget, Patience
+from pyro_affine.task import LoopOptions, OptimizerFactory, make_optimizer
+from pyro_affine.trained_weights import Weights
+from pyro_affine.training import TrainingLoop
+
+Data = Tensor | np.ndarray[Any, Any] | Iterable[Any]
+
+_STEPS, _EPOCHS = 10_000, 20  # by default, whichever is more; patience ends most fits earlier
+_STEPS_BETWEEN_EVALUATIONS = 100  # small data have epochs of a few steps, too few to learn much in
+_INITIAL_ROWS = 512  # what layers that start from data see
+_STATISTICS_ROWS = 100_000  # means and standard deviations to a third of a percent
+
+
+def fit_density(
+    flow: nn.Module,
+    data: Data,
+    context: Tensor | np.ndarray[Any, Any] | None = None,
+    *,
+    validation: float | Data | None = 0.1,
+    batch_size: int = 512,
+    num_steps: int | None = None,
+    num_epochs: int | None = None,
+    seconds: float | None = None,
+    patience: int = 10,
+    learning_rate: float = 1e-3,
+    weight_decay: float = 0.0,
+    optimizer: OptimizerFactory = torch.optim.AdamW,
+    warmup: int = 50,
+    decay: float = 0.5,
+    standardize: bool = True,
+    seed: int | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    every: int = 500,
+) -> FitResult:
+    """Fit a flow to data by maximising the mean log-density of minibatches.
+
+    Part of the rows is held out and scored after each epoch (of 100 steps at least) or tenth of the budget. When
+    ``patience`` such scores in a row bring no new best, the fit goes back to the best weights and lets the learning
+    rate fall to zero by a cosine, as it does at the latest over the last part of its budget; when patience runs out
+    again, it ends. The averaged, last or best weights are kept, whichever score best on the held-out rows. Gradients
+    are clipped at twice the running median of their norms; steps above ten times it, or not finite, are left out.
+
+    Before the first step the flow stores mean and standard deviation of the data, if it has a method
+    ``standardize(rows)``; log-densities stay those of the data as given. Layers with a method ``initialize(rows)``
+    and a flag ``initialized`` that is not set get the first 512 rows as they arrive at their data side.
+
+    Ctrl-C ends the fit and keeps what was trained. With ``checkpoint``, a fit that was stopped in any way goes on
+    when the same call is made again; on a CPU, with a budget in steps, to the same weights bit for bit.
+
+    Args:
+        flow: a Module with ``log_prob(value)``, or ``log_prob(value, context)``, such as ``NormalizingFlow``.
+        data: rows, shape (N,) + event_shape, as a tensor or NumPy array; or a ``DataLoader`` of values, or of pairs
+            of values and contexts.
+        context: one row for each row of the data, for a conditional flow.
+        validation: share of the rows to hold out; or rows, a pair of rows and contexts, or a loader; None for none.
+        batch_size: rows in a minibatch; a loader brings its own.
+        num_steps: the longest that the fit may take, in steps.
+        num_epochs: the longest that it may take, in passes over the training rows.
+        seconds: the longest that it may take, in seconds; a fit that the clock ends is not reproducible. With none
+            of the three: 10,000 steps or 20 epochs, whichever is more.
+        patience: number of scores without a new best to wait for.
+        learning_rate: the highest.
+        weight_decay: decay of the weights at each step, as in AdamW.
+        optimizer: called with (parameters, lr=..., weight_decay=...).
+        warmup: number of steps over which the learning rate rises; at most a tenth of ``num_steps``.
+        decay: share of the fit over which it falls.
+        standardize: whether the flow stores the units of the data; not repeated when its flag ``standardized`` is set.
+        seed: makes the fit reproducible; torch's random state is put back after it.
+        progress: whether to show a bar, in a terminal or a notebook.
+        checkpoint: file that the fit is saved to, and resumed from if it is there.
+        every: steps between checkpoints.
+
+    Returns:
+        Losses, times, the log-density reached, and why it stopped.
+
+    Raises:
+        NonFiniteError: if losses or gradients stay non-finite; it names step and layer, and the flow holds the last
+            good weights.
+        ValueError: if the data are not finite, not of the flow's shape or dtype, or an argument is out of range, or
+            the checkpoint is damaged or of another fit.
+
+    >>> from pyro_affine import NormalizingFlow, real_nvp
+    >>> flow = NormalizingFlow(real_nvp(2, num_layers=2), 2)
+    >>> data = torch.randn(500, 2) * torch.tensor([1.0, 10.0]) + 5
+    >>> fit = fit_density(flow, data, num_steps=50, seed=0, progress=False)
+    >>> fit.reason
+    'num_steps'
+    """
+    was_training = flow.training
+    with seeded(seed):
+        batches, held_out = _split(data, context, validation, batch_size=batch_size, seed=seed, check=RowCheck.of(flow))
+        flow.train()
+        _prepare_layers(flow, batches, standardize)
+        steps = _num_steps(num_steps, num_epochs, seconds, batches.per_epoch)
+        interval = _interval(batches.per_epoch or 0, steps)
+        shape = tuple(data.shape) if isinstance(data, Tensor | np.ndarray) else "of a loader"
+        arguments = {"rows": shape, "batch_size": batch_size, "seed": seed, "standardize": standardize}
+        task = DensityTask(flow, batches, held_out, arguments=arguments)
+        weights = Weights(task.parameters(), {"": flow})
+        rates = {"lr": learning_rate, **({"weight_decay": weight_decay} if weight_decay else {})}
+        made = make_optimizer(optimizer, list(weights.parameters.values()), **rates)
+        options = LoopOptions(warmup, interval, checkpoint, every, progress)
+        budget, rule = Budget(steps, seconds, decay=decay), Patience(patience)
+        try:
+            fit = TrainingLoop(task, weights, made, budget=budget, rule=rule, options=options).run()
+        finally:
+            flow.train(was_training)
+        fit.bits_per_dim = task.bits_per_dim(-fit.best)
+        return fit
+
+
+def _split(
+    data: Any, context: Any, validation: Any, *, batch_size: int, seed: int | None, check: RowCheck
+) -> tuple[RowBatches | LoaderBatches, Rows | None]:
+    """Batches to train on, and the rows held out."""
+    share = validation if isinstance(validation, float | int) else 0.0
+    held_out = None if validation is None or isinstance(validation, float | int) else _rows(validation, check)
+    if not 0 <= share < 1:
+        raise ValueError(f"validation must be a share in [0, 1), rows, or None, got {share}; 0.1 holds out a tenth")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(data, Tensor | np.ndarray):
+        _check_loader_options(context, share)
+        return LoaderBatches(data, check), held_out
+    rows = check(data, context)
+    index, num_held_out = _shuffled(len(rows.value), seed or 0), math.ceil(share * len(rows.value))
+    if len(index) - num_held_out < 2 or num_held_out == 1:
+        raise ValueError(f"data must have 2 rows to train on and 2 to hold out, if any, got {len(index)} in all")
+    held_out = rows[index[:num_held_out]] if num_held_out else held_out
+    return RowBatches(rows, index[num_held_out:], batch_size=batch_size, seed=new_seed()), held_out
+
+
+def _check_loader_options(context: Any, share: float) -> None:
+    if context is not None:
+        raise ValueError("a loader must yield pairs of values and contexts; context= is for rows in memory")
+    if share:
+        warnings.warn(
+            "a share of a loader can not be held out, so there is no patience and no choice of the best weights; pass "
+            "validation=rows or another loader, or validation=None to say that none are wanted",
+            stacklevel=4,
+        )
+
+
+def _shuffled(num_rows: int, seed: int) -> Tensor:
+    """Always the same order for a seed, so that a resumed fit holds out the same rows."""
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+
+
+def _rows(validation: Any, check: RowCheck) -> Rows:
+    if isinstance(validation, tuple):
+        return check(*validation, name="validation")
+    if isinstance(validation, Tensor | np.ndarray):
+        return check(validation, name="validation")
+    return LoaderBatches(validation, check).first(sys.maxsize)
+
+
+def _prepare_layers(flow: nn.Module, batches: RowBatches | LoaderBatches, standardize: bool) -> None:
+    device = next(iter([*flow.parameters(), *flow.buffers()])).device
+    store: Any = getattr(flow, "standardize", None)
+    if standardize and store is not None and not getattr(flow, "standardized", False):
+        store(batches.first(_STATISTICS_ROWS).value.to(device))
+    initialize_layers(flow, batches.first(_INITIAL_ROWS).to(device))
+
+
+def _interval(per_epoch: int, num_steps: int | None) -> int:
+    """An epoch, unless that is very short, or long for the budget."""
+    return min(max(per_epoch, _STEPS_BETWEEN_EVALUATIONS), max((num_steps or sys.maxsize) // 10, 1))
+
+
+def _num_steps(
+    num_steps: int | None, num_epochs: int | None, seconds: float | None, per_epoch: int | None
+) -> int | None:
+    if num_epochs is not None:
+        if per_epoch is None:
+            raise ValueError("num_epochs needs a loader with a length, got one without; give num_steps or seconds")
+        return min(num_epochs * per_epoch, num_steps or sys.maxsize)
+    if num_steps is None and seconds is None:
+        return max(_STEPS, _EPOCHS * (per_epoch or 0))
+    return num_steps

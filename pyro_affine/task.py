@@ -1,0 +1,108 @@
+"""What the training loop asks of a fit, and the options that both fits share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class Task(Protocol):
+    """What is trained: a guide, or a density."""
+
+    kind: str
+    loss_name: str
+    score_name: str
+    remedy: str
+    arguments: dict[str, Any]
+
+    def prepare(self) -> None:
+        """Fetch the data of the next step; errors in here are raised as they are."""
+
+    def loss(self) -> Tensor:
+        """Loss of the step, with a graph."""
+
+    def scores(self) -> Tensor | None:
+        """Scores on the same draws or rows each time, higher = better; None where there are none to score on."""
+
+    def final_scores(self) -> Tensor:
+        """Scores by which the weights to keep are chosen."""
+
+    def locate(self) -> str:
+        """The first site or layer at which the loss of the step is not finite; empty if there is none."""
+
+    def describe(self, loss: float) -> str:
+        """A loss for the progress bar, which puts ``loss_name`` or ``score_name`` in front."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the data and the like; cheap."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+@dataclass
+class LoopOptions:
+    """How the loop goes, apart from its budget.
+
+    Args:
+        warmup: number of steps over which the learning rate rises; at most a tenth of the budget in steps.
+        evaluate_every: number of steps between evaluations.
+        checkpoint: file that the fit is saved to and resumed from; missing folders are made.
+        every: number of steps between checkpoints.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError: if a number of steps is too small, or ``checkpoint`` is a folder.
+    """
+
+    warmup: int = 50
+    evaluate_every: int = 250
+    checkpoint: str | os.PathLike[str] | None = None
+    every: int = 500
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("warmup", 0), ("evaluate_every", 1), ("every", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least} steps, got {getattr(self, name)}")
+        if self.checkpoint is not None:
+            path = Path(self.checkpoint)
+            if path.is_dir():
+                raise ValueError(
+                    f"checkpoint must be a file, got the folder {path}; give a name such as fit.ckpt in it"
+                )
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def make_optimizer(factory: OptimizerFactory, parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    """An optimiser over the parameters.
+
+    Args:
+        factory: a class such as ``torch.optim.Adam``, or a ``functools.partial`` of one.
+        parameters: what it trains.
+        options: keyword arguments, ``lr`` among them.
+
+    Raises:
+        ValueError: if there is nothing to train, the learning rate is not positive, or ``factory`` is an optimiser
+            that is already made, or one of Pyro's.
+    """
+    kinds = PyroOptim | torch.optim.Optimizer
+    if isinstance(factory, kinds) or factory is torch.optim.LBFGS or not callable(factory):
+        raise ValueError(
+            f"optimizer must be a factory called with (parameters, lr=...) whose steps need no closure, got "
+            f"{factory!r}; pass torch.optim.Adam, or functools.partial(torch.optim.Adam, betas=(0.9, 0.99))"
+        )
+    if not parameters:
+        raise ValueError("there must be something to train, got no parameter that requires a gradient")
+    if not options["lr"] > 0:
+        raise ValueError(f"learning_rate must be positive, got {options['lr']}")
+    return factory(parameters, **options)
