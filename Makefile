@@ -15,7 +15,7 @@ QUIET := $(shell test -t 2 || echo -qq)
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONHASHSEED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format coverage bench-roundtrip clean
+.PHONY: help demo test lint format coverage bench-roundtrip bench-guides clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ coverage: $(STAMP)  ## run the tests and list the lines that none of them reache
 
 bench-roundtrip: $(STAMP)  ## measure the float32 round-trip error of deep stacks, beside Pyro's coupling
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/round_trip.py
+
+bench-guides: $(STAMP)  ## measure guides on posteriors beside Pyro's and NUTS, hours; ARGS="--seeds 1" for less
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/guides.py --jobs $(WORKERS) $(ARGS)
 
 clean:  ## remove the environment and all that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov

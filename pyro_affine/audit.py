@@ -79,27 +79,23 @@ def unmoved_entries(flow: FlowTransform, event_shape: Size) -> Tensor:
 
 def coupled_entries(flow: FlowTransform, event_shape: Size) -> Tensor:
     """Which pairs of entries of y meet in some entry of x. Boolean, shape: (D, D), D = number of entries of y."""
-    x_shape = flow.inverse_shape(event_shape)
+    x = _points(flow, flow.inverse_shape(event_shape))
     with torch.no_grad():
-        y = flow._forward(_points(flow, x_shape))[0]
-    y = y.flatten(0, y.dim() - len(event_shape) - 1)
+        y = flow._forward(x)[0]
+    x_rank = len(event_shape) + flow.domain.event_dim - flow.codomain.event_dim
+    x_size = x.shape[x.dim() - x_rank :].numel()
     coupled = torch.zeros(event_shape.numel(), event_shape.numel(), dtype=torch.bool, device=y.device)
     read = coupled.any(0)
-    for entries in torch.arange(x_shape.numel(), device=y.device).split(_ENTRIES_AT_ONCE):
-        rows = _jacobian_rows(flow, y, entries)
+    for entries in torch.arange(x_size, device=y.device).split(_ENTRIES_AT_ONCE):
+        copies = y.repeat(len(entries), *[1] * y.dim()).requires_grad_()  # each entry of x has its own copy of y
+        x = flow._backward(copies)[0].reshape(len(entries), -1, x_size)
+        (grad,) = torch.autograd.grad(x[torch.arange(len(entries)), :, entries].sum(), copies)
+        rows = (grad != 0).reshape(len(entries), -1, len(read)).any(1)
         read = read | rows.any(0)
         coupled |= rows.T.float() @ rows.float() > 0
         if coupled.all():  # soon, in a flow that mixes well
             break
     return coupled | ~read | ~read[:, None]
-
-
-def _jacobian_rows(flow: FlowTransform, y: Tensor, entries: Tensor) -> Tensor:
-    """Where d x[entries] / dy is not zero at some point of y. Boolean, shape: (number of entries, D)."""
-    copies = y.repeat(len(entries), *[1] * (y.dim() - 1)).requires_grad_()  # each entry of x has its own copy of y
-    x = flow._backward(copies)[0].flatten(1)
-    (grad,) = torch.autograd.grad(x.gather(1, entries.repeat_interleave(len(y))[:, None]).sum(), copies)
-    return (grad != 0).unflatten(0, (len(entries), len(y))).any(1).flatten(1)
 
 
 def require_all_moved(flow: FlowTransform, event_shape: Size) -> None:

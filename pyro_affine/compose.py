@@ -14,6 +14,7 @@ from pyro.distributions.conditional import (
 )
 from torch import Size, Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
+from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import _sum_rightmost
 
 from pyro_affine.foreign import Foreign
@@ -39,6 +40,8 @@ def as_flow(part: Any) -> FlowTransform:
         )
     if isinstance(part, ComposeTransform) and part.parts:
         return ComposeFlow(part.parts)
+    if isinstance(part, _InverseTransform):
+        return as_flow(part.inv).inv
     return Foreign(part)
 
 
@@ -63,7 +66,9 @@ class ComposeFlow(FlowTransform):
     tensor([2.7183, 2.7183])
     """
 
-    def __init__(self, parts: Iterable[Transform], *, cache_size: int = 1, guard: bool = False) -> None:
+    parts: Any  # an nn.ModuleList of FlowTransforms
+
+    def __init__(self, parts: Iterable[Any], *, cache_size: int = 1, guard: bool = False) -> None:
         wrapped = [as_flow(part) for part in parts]
         if not wrapped:
             raise ValueError("ComposeFlow needs at least one part, got none; for the identity use a Permutation")
@@ -71,18 +76,19 @@ class ComposeFlow(FlowTransform):
         self.parts = nn.ModuleList(wrapped)
         self.guard = guard
         self.batch_shape = torch.broadcast_shapes(*(part.batch_shape for part in wrapped))
-        chain = ComposeTransform(wrapped)
-        self._domain, self._codomain = chain.domain, chain.codomain
+        chain = ComposeTransform([*wrapped])
+        self._domain: constraints.Constraint = chain.domain
+        self._codomain: constraints.Constraint = chain.codomain
         self._extra_dims = list(_extra_dims(wrapped, chain.domain.event_dim))
         if self.event_shape is not None:
             self.forward_shape(self.event_shape)
 
     @property
-    def domain(self) -> constraints.Constraint:
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
         return self._domain
 
     @property
-    def codomain(self) -> constraints.Constraint:
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
         return self._codomain
 
     @property
@@ -148,7 +154,7 @@ class ConditionalComposeFlow(ConditionalTransformModule):
     def __init__(self, parts: Iterable[Any], *, cache_size: int = 1, guard: bool = False) -> None:
         super().__init__()
         self.parts = nn.ModuleList(_as_conditional(part) for part in parts)
-        self._options = {"cache_size": cache_size, "guard": guard}
+        self._options: dict[str, Any] = {"cache_size": cache_size, "guard": guard}
 
     @property
     def codomain(self) -> constraints.Constraint:
@@ -163,7 +169,7 @@ class ConditionalComposeFlow(ConditionalTransformModule):
         return chain
 
 
-def _as_conditional(part: Any) -> nn.Module:
+def _as_conditional(part: Any) -> Any:
     if isinstance(part, ConditionalComposeTransformModule):
         return ConditionalComposeFlow(part.transforms)
     if isinstance(part, ConstantConditionalTransform):
@@ -176,7 +182,7 @@ def _as_conditional(part: Any) -> nn.Module:
     return part if isinstance(part, ConditionalTransform) else as_flow(part)
 
 
-def _at(part: nn.Module, context: Tensor) -> FlowTransform:
+def _at(part: Any, context: Tensor) -> FlowTransform:
     if isinstance(part, FlowTransform):
         return part
     transform = part.condition(context)

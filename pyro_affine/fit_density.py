@@ -6,7 +6,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,9 @@ def fit_density(
     Part of the rows is held out and scored after each epoch (of 100 steps at least) or tenth of the budget. When
     ``patience`` such scores in a row bring no new best, the fit goes back to the best weights and lets the learning
     rate fall to zero by a cosine, as it does at the latest over the last part of its budget; when patience runs out
-    again, it ends. The averaged, last or best weights are kept, whichever score best on the held-out rows. Gradients
-    are clipped at twice the running median of their norms; steps above ten times it, or not finite, are left out.
+    again past the middle of that part, it ends. The averaged, last or best weights are kept, whichever score best on
+    the held-out rows. Gradients are clipped at twice the running median of their norms; steps above ten
+    times it, or not finite, are left out.
 
     Before the first step the flow stores mean and standard deviation of the data, if it has a method
     ``standardize(rows)``; log-densities stay those of the data as given. Layers with a method ``initialize(rows)``
@@ -106,10 +108,8 @@ def fit_density(
     >>> fit.reason
     'num_steps'
     """
-    was_training = flow.training
-    with seeded(seed):
+    with seeded(seed), _in_training(flow):
         batches, held_out = _split(data, context, validation, batch_size=batch_size, seed=seed, check=RowCheck.of(flow))
-        flow.train()
         _prepare_layers(flow, batches, standardize)
         steps = _num_steps(num_steps, num_epochs, seconds, batches.per_epoch)
         interval = _interval(batches.per_epoch or 0, steps)
@@ -121,12 +121,20 @@ def fit_density(
         made = make_optimizer(optimizer, list(weights.parameters.values()), **rates)
         options = LoopOptions(warmup, interval, checkpoint, every, progress)
         budget, rule = Budget(steps, seconds, decay=decay), Patience(patience)
-        try:
-            fit = TrainingLoop(task, weights, made, budget=budget, rule=rule, options=options).run()
-        finally:
-            flow.train(was_training)
+        fit = TrainingLoop(task, weights, made, budget=budget, rule=rule, options=options).run()
         fit.bits_per_dim = task.bits_per_dim(-fit.best)
         return fit
+
+
+@contextmanager
+def _in_training(flow: nn.Module) -> Iterator[None]:
+    """Training mode for a block, then the mode from before."""
+    before = flow.training
+    flow.train()
+    try:
+        yield
+    finally:
+        flow.train(before)
 
 
 def _split(

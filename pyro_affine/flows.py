@@ -39,7 +39,7 @@ def real_nvp(
         event_shape: shape of one event, or its number of entries.
         num_layers: number of couplings, two at least.
         hidden_dims: widths of the hidden layers of each conditioner.
-        scale: map from raw to log-scale; default ``default_scale()``.
+        scale: map from raw to log-scale; default ``default_scale(num_layers)``.
         activation: factory of the activation Module; the smooth default suits HMC and heavy tails.
         seed: seeds the fixed reorderings, which are saved with the flow. The networks draw their first weights from
             torch's global random state, as all Modules do.
@@ -64,7 +64,7 @@ def real_nvp(
         network = MLP(num_kept, num_moved, hidden_dims, activation=activation, shift_only=not scale_map.uses_raw)
         return AffineCoupling(mask, network, scale_map, event_shape=shape)
 
-    scale_map = default_scale() if scale is None else scale
+    scale_map = default_scale(max(num_layers, 1)) if scale is None else scale
     flow = ComposeFlow(_alternate(coupling, shape, num_layers, seed), guard=guard)
     require_all_moved(flow, shape)
     return flow
@@ -96,7 +96,7 @@ def conditional_real_nvp(
     torch.Size([7])
     """
     shape = _require_entries(event_shape)
-    scale_map = default_scale() if scale is None else scale
+    scale_map = default_scale(max(num_layers, 1)) if scale is None else scale
 
     def coupling(mask: Tensor, num_kept: int, num_moved: int) -> ConditionalAffineCoupling:
         options: dict[str, Any] = {"activation": activation, "shift_only": not scale_map.uses_raw}
@@ -137,13 +137,14 @@ class NormalizingFlow(nn.Module):
 
     loc: Tensor
     scale: Tensor
+    chain: Any  # a ComposeFlow or a ConditionalComposeFlow
 
     def __init__(self, transform: Transform | ConditionalTransform, event_shape: int | Sequence[int]) -> None:
         super().__init__()
         self.event_shape = _as_shape(event_shape)
         self.conditional = isinstance(transform, ConditionalTransform)
         compose = ConditionalComposeFlow if self.conditional else ComposeFlow
-        units = [Standardization(self.event_shape)] if _ends_in_reals(transform) else []
+        units: list[Any] = [Standardization(self.event_shape)] if _ends_in_reals(transform) else []
         self.chain = compose([transform, *units])
         if not self.conditional:
             self.chain.forward_shape(self.event_shape)
@@ -153,7 +154,7 @@ class NormalizingFlow(nn.Module):
     @property
     def transform(self) -> nn.Module:
         """The flow between the base and the standardised data."""
-        return self.chain.parts[0]
+        return self.chain.parts[0]  # type: ignore[no-any-return]
 
     def forward(self, context: Tensor | None = None) -> dist.TransformedDistribution:
         """The distribution; its batch shape is that of the context. Context shape: batch + (context_dim,)."""
@@ -168,11 +169,11 @@ class NormalizingFlow(nn.Module):
 
     def sample(self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         """Draws without gradients. Shape: sample_shape + context batch + event_shape."""
-        return self(context).sample(_as_shape(sample_shape))
+        return self(context).sample(_as_shape(sample_shape))  # type: ignore[no-any-return]
 
     def rsample(self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         """Draws with gradients with respect to the parameters. Shape as of ``sample``."""
-        return self(context).rsample(_as_shape(sample_shape))
+        return self(context).rsample(_as_shape(sample_shape))  # type: ignore[no-any-return]
 
     def standardize(self, data: Tensor) -> None:
         """Store mean and standard deviation of the data, (N,) + event_shape, so that the flow sees unit scales."""
@@ -184,7 +185,7 @@ class NormalizingFlow(nn.Module):
         self.chain.parts[1].fit(data)
 
     def _base(self) -> dist.TorchDistribution:
-        return dist.Normal(self.loc, self.scale, validate_args=False).to_event(len(self.event_shape))
+        return dist.Normal(self.loc, self.scale, validate_args=False).to_event(len(self.event_shape))  # type: ignore[no-any-return]
 
     def _chain(self, context: Tensor | None) -> ComposeFlow:
         if self.conditional != (context is not None):
@@ -193,7 +194,7 @@ class NormalizingFlow(nn.Module):
                 f"{'no context' if context is None else 'a context'} for a flow that is "
                 f"{'conditional' if self.conditional else 'not conditional'}; see conditional_real_nvp"
             )
-        return self.chain.condition(context) if self.conditional else self.chain
+        return self.chain.condition(context) if self.conditional else self.chain  # type: ignore[no-any-return]
 
 
 def _ends_in_reals(transform: Transform | ConditionalTransform) -> bool:
@@ -210,7 +211,7 @@ def _as_shape(shape: int | Sequence[int]) -> Size:
 def _require_entries(event_shape: int | Sequence[int]) -> Size:
     shape = _as_shape(event_shape)
     if not shape or min(shape) < 1:
-        raise ValueError(f"an event must have one dimension and one entry at least, got {tuple(shape)}; use (1,) for one")
+        raise ValueError(f"an event needs one dimension and one entry at least, got {tuple(shape)}; use (1,) for one")
     return shape
 
 

@@ -84,10 +84,10 @@ class Foreign(FlowTransform):
             yield from ((vars(inner), name) for name in names if not hasattr(self, f"{name}_{index}"))
 
 
-def _inner_transforms(transform: Transform) -> list[Transform]:
+def _inner_transforms(transform: Transform) -> list[Any]:
     """The transform and those that it is made of, each once."""
     found: list[Transform] = []
-    left = [transform]
+    left: list[Any] = [transform]
     while left:
         inner = left.pop(0)
         if not isinstance(inner, Transform) or any(inner is other for other in found):
@@ -99,7 +99,7 @@ def _inner_transforms(transform: Transform) -> list[Transform]:
     return found
 
 
-def _hidden_modules(transforms: list[Transform]) -> Iterator[nn.Module]:
+def _hidden_modules(transforms: list[Any]) -> Iterator[nn.Module]:
     """Modules under a plain transform such as ``IndependentTransform``, which registers nothing."""
     seen = set(map(id, transforms[0].modules())) if isinstance(transforms[0], nn.Module) else set()
     for inner in transforms:

@@ -82,9 +82,7 @@ class Partition(nn.Module):
 
 def _require_mask(mask: Tensor, event_shape: Size) -> None:
     if mask.dtype != torch.bool:
-        raise ValueError(
-            f"mask must be boolean with True = kept, got {mask.dtype}; for a 0/1 mask use mask.bool()"
-        )
+        raise ValueError(f"mask must be boolean with True = kept, got {mask.dtype}; for a 0/1 mask use mask.bool()")
     aligned = (1,) * (len(event_shape) - mask.dim()) + tuple(mask.shape)
     if not event_shape or len(aligned) != len(event_shape):
         fits = False

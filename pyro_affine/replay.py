@@ -17,7 +17,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_affine.traces import Lanes, Reader, Rows, batch_depth, has_density, sample_sites
+from pyro_affine.traces import LOG_PROB, Lanes, Reader, Rows, batch_depth, has_density, sample_sites
 
 __all__ = ["Replay"]
 
@@ -104,7 +104,8 @@ class Replay:
         for row, index in enumerate(self._accepted):
             different = self._differences(together, row, self._one([index], read))
             if different:
-                self._warn(f"{different[0]} differs from its value for a single draw")
+                what = "the log-density" if different[0] == LOG_PROB else different[0]
+                self._warn(f"{what} differs from its value for a single draw")
                 return False
         return True
 

@@ -16,25 +16,21 @@ _SETTLED = 20
 _MOST_SKIPPED = 3
 
 
-def learning_rate_factor(step: int, progress: float, *, warmup: int, decay: float) -> float:
+def learning_rate_factor(step: int, into_decay: float, *, warmup: int) -> float:
     """Warm-up, constant, cosine to zero: what the learning rate is multiplied by.
 
-    ``min(1, (step + 1) / warmup) * (1 + cos(pi * u)) / 2``, u = how far into the decay phase, in [0, 1].
+    ``min(1, (step + 1) / warmup) * (1 + cos(pi * into_decay)) / 2``
 
     Args:
         step: number of steps done.
-        progress: share of the budget spent, in [0, 1].
+        into_decay: how far into the decay phase the fit is, in [0, 1].
         warmup: number of steps over which the rate rises in a line; 0 for none.
-        decay: share of the budget, at its end, over which the rate falls to zero; 0 for none.
 
-    >>> learning_rate_factor(0, 0.0, warmup=10, decay=0.5)
-    0.1
-    >>> learning_rate_factor(500, 0.75, warmup=10, decay=0.5)
-    0.5
+    >>> learning_rate_factor(0, 0.0, warmup=10), learning_rate_factor(500, 0.5, warmup=10)
+    (0.1, 0.5)
     """
     rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    into_decay = max(0.0, (progress - 1 + decay) / decay) if decay else 0.0
-    return round(rising * (1 + math.cos(math.pi * min(into_decay, 1.0))) / 2, 12)
+    return round(rising * (1 + math.cos(math.pi * into_decay)) / 2, 12)
 
 
 class MedianClip:

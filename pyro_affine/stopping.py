@@ -67,6 +67,11 @@ class Budget:
         return self.progress >= 1 - self.decay
 
     @property
+    def into_decay(self) -> float:
+        """How far into the decay phase the fit is, from 0 to 1."""
+        return max(0.0, (self.progress - 1 + self.decay) / self.decay) if self.decay else 0.0
+
+    @property
     def exhausted(self) -> bool:
         """Whether nothing is left to spend."""
         return self.progress >= 1

@@ -21,6 +21,9 @@ from pyro_affine.stopping import Budget, Patience, Plateau, mean_and_error
 from pyro_affine.task import LoopOptions, Task
 from pyro_affine.trained_weights import MovingAverage, Weights
 
+# The learning rate must have fallen by half before a rule ends the fit: that is when averaging pays.
+_SLOW = 0.5
+
 
 class TrainingLoop:
     """Steps an optimiser through a task until its budget or its rule says stop.
@@ -28,7 +31,7 @@ class TrainingLoop:
     A step whose loss or gradient is not finite, or whose draw the model refuses, is skipped and counted. When
     such steps persist, the loop goes back to the last good weights with a smaller step size, and in the end
     raises ``NonFiniteError``. When the rule says that scores no longer rise, the decay phase begins from the best
-    weights; when it says so in the decay phase, the loop ends.
+    weights; when it says so in the second half of the decay phase, the loop ends.
 
     Args:
         task: what is trained.
@@ -59,7 +62,7 @@ class TrainingLoop:
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._warmup = min(options.warmup, (budget.num_steps or sys.maxsize) // 10)
         self._best: dict[str, Any] = {"value": -math.inf}
-        self._evaluated, self._mid_step = 0, False
+        self._evaluated, self._decay_begun, self._mid_step = 0, False, False
         self.bar = ProgressBar(
             task.kind,
             budget.num_steps,
@@ -119,8 +122,7 @@ class TrainingLoop:
         self._mark_boundary()
 
     def _set_rates(self) -> None:
-        budget = self.budget
-        factor = learning_rate_factor(budget.step, budget.progress, warmup=self._warmup, decay=budget.decay)
+        factor = learning_rate_factor(self.budget.step, self.budget.into_decay, warmup=self._warmup)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor * self.recovery.rate_scale
 
@@ -197,17 +199,23 @@ class TrainingLoop:
         self.bar.note = f", {self.task.score_name} {self.task.describe(-value)}"
         if value > self._best["value"]:
             self._best = {"value": value, "step": self.budget.step, "weights": self.weights.copy()}
+        if self.budget.decaying and not self._decay_begun:
+            self._begin_decay()
         if self.rule.update(scores):
             self._settle()
 
     def _settle(self) -> None:
-        if self.budget.decaying:
+        if not self.budget.decaying:
+            self.budget.begin_decay()
+            self.bar.shorten(self.budget.end)
+            self.weights.restore(self._best.get("weights", {}))
+            self._begin_decay()
+        elif self.budget.into_decay >= _SLOW:
             self.result.reason = self.rule.name
-            return
-        self.budget.begin_decay()
-        self.bar.shorten(self.budget.end)
-        self.weights.restore(self._best.get("weights", {}))
-        self.rule.reset()
+
+    def _begin_decay(self) -> None:
+        self._decay_begun = True
+        self.rule.reset()  # scores from before say nothing of what smaller steps bring
 
     def _choose_weights(self) -> None:
         candidates = {"last": self.weights.copy()}
@@ -238,7 +246,7 @@ class TrainingLoop:
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         own = {"boundary": self._boundary, "best": self._best, "evaluated": self._evaluated}
         last = {"weights": self.weights.copy(), "finished": bool(self.result.reason)}
-        state = {**self._identity, **parts, **own, **last}
+        state = {**self._identity, **parts, **own, **last, "decay_begun": self._decay_begun}
         write_checkpoint(self.options.checkpoint, state)
 
     def _resume(self) -> bool:
@@ -251,7 +259,7 @@ class TrainingLoop:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.weights.restore(state["weights"])
-        self._best, self._evaluated = state["best"], state["evaluated"]
+        self._best, self._evaluated, self._decay_begun = state["best"], state["evaluated"], state["decay_begun"]
         self.task.load_state_dict(state["boundary"]["task"])
         set_random_state(state["boundary"]["random_state"])
         return bool(state["finished"])

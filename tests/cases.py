@@ -103,7 +103,7 @@ COUPLINGS = {
     "additive scale": lambda: coupling(random_mask(5), scale=AdditiveScale(), shift_only=True),
     "two networks": lambda: coupling(half_mask(5), separate=True),
     "residual network": lambda: coupling(half_mask(5), make=ResidualMLP),
-    "ReLU": lambda: coupling(half_mask(5), activation=nn.LeakyReLU),
+    "leaky ReLU": lambda: coupling(half_mask(5), activation=nn.LeakyReLU),
     "helper (5,)": lambda: affine_coupling(5, [6]),
     "helper (2, 4, 4)": lambda: affine_coupling([2, 4, 4], [6], dim=-3),
     "conditioned (5,)": lambda: conditioned(half_mask(5)),

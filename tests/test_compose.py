@@ -174,6 +174,7 @@ def test_transforms_of_torch_that_compose_become_chains_of_ours():
     assert isinstance(chain, ComposeFlow) and chain.event_shape == (4,)
     assert all(isinstance(part, AffineCoupling) for part in chain.parts)
     assert as_flow(chain) is chain
+    assert as_flow(ExpTransform().inv).inv.transform == ExpTransform()
 
 
 class Break(FlowTransform):

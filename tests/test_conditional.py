@@ -10,7 +10,7 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 
-from pyro_affine import ConditionalComposeFlow, conditional_affine_coupling, conditional_real_nvp
+from pyro_affine import ComposeFlow, ConditionalComposeFlow, conditional_affine_coupling, conditional_real_nvp
 from pyro_affine.linear import LowerTriangularAffine, Permutation
 
 
@@ -103,6 +103,12 @@ def test_state_dict_of_a_conditional_chain(make):
     context, y = torch.randn(7, 3), torch.randn(7, 4)
     fresh.load_state_dict(flow.state_dict())
     assert torch.equal(fresh.condition(context)._backward(y)[0], flow.condition(context)._backward(y)[0])
+
+
+def test_chain_of_conditioned_parts_has_their_batch_shapes_broadcast():
+    parts = [conditional_affine_coupling(4, 3).condition(torch.zeros(shape)) for shape in ((5, 1, 3), (7, 3))]
+    assert ComposeFlow(parts).batch_shape == (5, 7)
+    assert ComposeFlow(parts)(torch.zeros(4)).shape == (5, 7, 4)
 
 
 def test_order_inside_a_conditional_compose_of_pyro_is_saved():

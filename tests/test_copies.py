@@ -15,14 +15,14 @@ from cases import CASES, density, each, randomised, x_points, y_points
 @each(CASES)
 def test_deepcopy_and_pickle_after_use_with_gradients(make):
     t = randomised(make())
-    y = y_points(t, (4,))
+    x, y = x_points(t, (4,)), y_points(t, (4,))
     expected = density(t).log_prob(y)
     if any(True for _ in t.parameters()):
         expected.sum().backward()
-    t(x_points(t, (4,)))
+    draw = t(x)  # held here, so that the cache is full
     for twin, inverse in (copy.deepcopy((t, t.inv)), pickle.loads(pickle.dumps((t, t.inv)))):
         assert torch.equal(density(twin).log_prob(y), expected)
-        assert torch.equal(inverse(y), t.inv(y))
+        assert torch.equal(inverse(y), t.inv(y)) and torch.equal(twin(x), draw)
         assert inverse.inv is twin and twin.inv.inv is twin and inverse.inv.inv is inverse
         with torch.no_grad():
             for parameter in twin.parameters():

@@ -230,7 +230,7 @@ def test_models_for_one_draw_are_found_out_and_still_right(model):
 def three_means(data):
     with pyro.plate("group", 3):
         loc = pyro.sample("loc", dist.Normal(data.new_tensor(0.0), 1.0))
-    pyro.sample("obs", dist.Normal(loc, 0.5).to_event(1), obs=data)
+        pyro.sample("obs", dist.Normal(loc, 0.5), obs=data)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

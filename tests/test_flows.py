@@ -64,9 +64,11 @@ def test_starts_as_the_standard_normal_also_in_one_dimension(event_shape, condit
 @pytest.mark.parametrize("sample_shape", [(), (100,), (2, 5)], ids=str)
 def test_shapes_and_log_prob_of_draws(event_shape, conditional, sample_shape):
     flow, context = jitter(make_flow(event_shape, conditional)), make_context(conditional)
+    flow.standardize(3 + 2 * torch.randn(10, *event_shape))
     q, batch_shape = flow(context), (7,) if conditional else ()
     assert q.batch_shape == batch_shape and q.event_shape == event_shape
-    for y in (q.sample(sample_shape), q.rsample(sample_shape), flow.sample(sample_shape, context)):
+    for draw in (q.sample, q.rsample, partial(flow.sample, context=context)):
+        y = draw(sample_shape)
         assert y.shape == sample_shape + batch_shape + event_shape
         score = q.log_prob(y)
         assert score.shape == sample_shape + batch_shape
@@ -97,6 +99,16 @@ def test_context_changes_the_density_of_one_entry():
     flow = jitter(make_flow((1,), conditional=True))
     scores = flow.log_prob(torch.zeros(1), torch.tensor([[-1.0, 0.0, 2.0], [1.0, 3.0, 0.0]]))
     assert scores.shape == (2,) and abs(scores[0] - scores[1]) > 1e-3
+
+
+@event_shapes
+def test_scores_and_draws_at_many_contexts_are_those_at_each(event_shape):
+    flow, contexts, y = jitter(make_flow(event_shape, True)), torch.randn(7, 3), torch.randn(7, *event_shape)
+    alone = torch.stack([flow.log_prob(row, context) for row, context in zip(y, contexts, strict=True)])
+    assert torch.allclose(flow.log_prob(y, contexts), alone, atol=1e-9)
+    x = torch.randn(event_shape)
+    together = flow(contexts).transforms[0](x)
+    assert torch.allclose(together, torch.stack([flow(c).transforms[0](x) for c in contexts]), atol=1e-9)
 
 
 @conditional
@@ -212,6 +224,9 @@ REFUSED = {
     "no context entry": (lambda: conditional_real_nvp(4, 0), "context"),
     "no transform": (lambda: NormalizingFlow(nn.Linear(4, 4), 4), "bijective .*Transform, got Linear"),
     "events of another size": (lambda: NormalizingFlow(real_nvp(4), 3), r"\(3,\).*\(4,\)"),
+    "events of another size, bounded": (
+        lambda: NormalizingFlow(ComposeFlow([real_nvp(4), SigmoidTransform()]), 3), r"\(4,\).*\(3,\)"
+    ),
     "events of another size, conditional": (
         lambda: NormalizingFlow(conditional_real_nvp(4, 3), 5)(torch.zeros(3)), r"\(5,\).*\(4,\)"
     ),

@@ -140,14 +140,17 @@ def test_gradients_reach_every_parameter(make, inverted):
 def test_score_is_not_stale_after_a_step_of_the_optimiser(make):
     part = make()
     flow, y = stack(part), torch.randn(20, 4)
-    optimiser = torch.optim.Adam(part.parameters(), lr=0.1)
-    seen = []
+    optimiser, seen = torch.optim.Adam(part.parameters(), lr=0.1), []
     for _ in range(2):
         score = log_prob(flow, y)
         seen.append(score.detach())
         optimiser.zero_grad()
         (-score.mean()).backward()
+        with torch.no_grad():
+            draw = flow(torch.randn(4))
         optimiser.step()
+    with torch.no_grad():
+        assert torch.equal(log_prob(flow, draw), log_prob(copy.deepcopy(flow), draw))
     now = log_prob(flow, y)
     assert torch.equal(now, log_prob(copy.deepcopy(flow), y))
     assert all((now - before).abs().max() > 1e-3 for before in seen)

@@ -90,15 +90,24 @@ def raise_at(call: int, error: BaseException) -> Callable[[int, Tensor], Tensor 
 
 
 @pytest.mark.parametrize(
-    ("step", "progress", "factor"),
-    [(0, 0.0, 0.02), (24, 0.1, 0.5), (49, 0.1, 1.0), (900, 0.5, 1.0), (900, 0.75, 0.5), (999, 1.0, 0.0)],
+    ("step", "into_decay", "factor"),
+    [(0, 0.0, 0.02), (24, 0.0, 0.5), (49, 0.0, 1.0), (900, 0.0, 1.0), (900, 0.5, 0.5), (999, 1.0, 0.0)],
 )
-def test_learning_rate_rises_stays_and_falls(step: int, progress: float, factor: float) -> None:
-    assert learning_rate_factor(step, progress, warmup=50, decay=0.5) == pytest.approx(factor, abs=1e-9)
+def test_learning_rate_rises_stays_and_falls(step: int, into_decay: float, factor: float) -> None:
+    assert learning_rate_factor(step, into_decay, warmup=50) == pytest.approx(factor, abs=1e-9)
 
 
-def test_learning_rate_without_warmup_and_decay_is_constant() -> None:
-    assert {learning_rate_factor(s, s / 9, warmup=0, decay=0.0) for s in range(10)} == {1.0}
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [(0.5, [0, 0, 0, 0.5, 1]), (0.25, [0, 0, 0, 0, 1]), (0.0, [0, 0, 0, 0, 0])],
+    ids=str,
+)
+def test_budget_tells_how_far_into_the_decay_it_is(decay: float, expected: list[float]) -> None:
+    budget, seen = Budget(num_steps=4, decay=decay), []
+    for _ in range(5):
+        seen.append(budget.into_decay)
+        budget.tick()
+    assert seen == expected
 
 
 def test_loop_sets_the_rate_of_the_schedule() -> None:
@@ -259,6 +268,33 @@ def test_plateau_brings_the_decay_forward_then_stops() -> None:
     assert task.w.item() == pytest.approx(3.0, abs=0.02)
 
 
+class Scripted:
+    """A rule that says yes at some evaluations, and counts its resets."""
+
+    name, limit = "plateau", None
+
+    def __init__(self, *yes: int) -> None:
+        self.yes, self.updates, self.resets = yes, 0, 0
+
+    def update(self, scores: Tensor) -> bool:
+        self.updates += 1
+        return self.updates in self.yes
+
+    def reset(self) -> None:
+        self.resets += 1
+
+
+@pytest.mark.parametrize(
+    ("yes", "num_steps", "resets"),
+    [((), 100, 1), ((2,), 40, 1), ((5,), 100, 1), ((6,), 100, 1), ((8,), 80, 1)],
+    ids=str,
+)
+def test_a_rule_ends_the_fit_only_once_the_rate_has_fallen(yes: tuple[int, ...], num_steps: int, resets: int) -> None:
+    rule = Scripted(*yes)
+    fit = make_loop(Bowl(), num_steps=100, evaluate_every=10, rule=rule).run()
+    assert (fit.num_steps, rule.resets) == (num_steps, resets)
+
+
 def test_early_decay_starts_from_the_best_weights() -> None:
     task = Bowl(disturb=lambda call, w: None if call <= 60 else w.sum())  # after 60 steps it walks away
     loop = make_loop(task, num_steps=10_000, rule=Patience(2), evaluate_every=20, rate=0.2)
@@ -366,7 +402,7 @@ def test_bad_steps_that_persist_bring_back_good_weights_and_smaller_steps() -> N
         fit = loop.run()
     assert fit.num_rescues == 1
     assert (fit.num_nonfinite, fit.reason) == (25, "num_steps")
-    factor = learning_rate_factor(199, 0.995, warmup=0, decay=0.5)
+    factor = learning_rate_factor(199, 0.99, warmup=0)
     assert loop.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.2 * factor)
 
 

@@ -1,0 +1,119 @@
+"""The log-density of a model as a function of a vector: all latents, unconstrained, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyro_affine.particles import BAD_DRAW
+from pyro_affine.traces import LOG_PROB, Lanes, read_log_prob, sample_sites
+
+_CHUNK = 256  # draws at once
+
+
+class LatentDensity:
+    """log p(data, z) + log|det dz/du| for vectors u of unconstrained latents, as an ``AutoContinuous`` lays them out.
+
+    Args:
+        model: a Pyro model.
+        guide: an autoguide of it that is set up; gives sites, supports and layout.
+        args, kwargs: arguments of the model.
+        nesting: number of batch dimensions of the model, to the left of which vectors go, from
+            ``Pair.find_nesting``; None to run the model vector by vector.
+
+    Attributes:
+        num_runs: how many times the model was run.
+
+    >>> import pyro.distributions as dist
+    >>> from pyro.infer.autoguide import AutoNormal, AutoDiagonalNormal
+    >>> model = lambda: pyro.sample("z", dist.LogNormal(0.0, 1.0))
+    >>> guide = AutoDiagonalNormal(model)
+    >>> _ = guide()
+    >>> LatentDensity(model, guide, nesting=0)(torch.zeros(2, 1))
+    tensor([-0.9189, -0.9189], dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: AutoContinuous,
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        *,
+        nesting: int | None,
+    ) -> None:
+        self._model, self._guide, self._args, self._kwargs = model, guide, args, kwargs or {}
+        self.nesting, self.num_runs = nesting, 0
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Log-density in nats of each row, in float64, with a graph; the model's errors are raised.
+
+        Shape: (S, D) to (S,).
+        """
+        if self.nesting is None:
+            return torch.cat([self._run(row[None], Lanes(1)) for row in latents])
+        lanes = Lanes(len(latents), self.nesting)
+        return self._run(lanes.place(latents, 1), lanes)
+
+    def value_and_score(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-density of each row and its gradient, without a graph; NaN at rows that the model refuses.
+
+        Shape: (S, D) to (S,) and (S, D), float64.
+        """
+        size = 1 if self.nesting is None else _CHUNK
+        pieces = [self._halve(rows) for rows in latents.detach().split(size)]
+        values, scores = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+        return values, scores
+
+    def is_random(self) -> bool:
+        """Whether it changes from call to call: a plate subsamples at random, or a site is left to be drawn."""
+        trace = self._trace(self._guide._init_loc()[None], Lanes(1))[0]
+        drawn = [site for site in sample_sites(trace).values() if not site["is_observed"]]
+        return bool(drawn) or any(map(_is_random_subsample, trace.nodes.values()))
+
+    def _halve(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """All rows at once; where the model refuses one, each half, down to the rows that are to blame."""
+        try:
+            leaf = rows.detach().requires_grad_()
+            with torch.enable_grad(), pyro.validation_enabled(False):  # so that one NaN leaves its neighbours alone
+                values = self(leaf)
+                (scores,) = torch.autograd.grad(values.sum(), leaf)
+            return values.detach(), scores.double().masked_fill(~values.isfinite()[:, None], torch.nan)
+        except BAD_DRAW:
+            if len(rows) == 1:
+                return rows.new_full((1,), torch.nan).double(), torch.full_like(rows, torch.nan).double()
+        first, second = (self._halve(part) for part in rows.tensor_split(2))
+        return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+    def _run(self, latents: Tensor, lanes: Lanes) -> Tensor:
+        trace, jacobian = self._trace(latents, lanes)
+        return read_log_prob(trace, lanes)[LOG_PROB] + jacobian
+
+    def _trace(self, latents: Tensor, lanes: Lanes) -> tuple[Any, Tensor]:
+        """Trace of the model at these latents, and log|det| of the constraints, in float64. Shape: (S,)."""
+        self.num_runs += 1
+        values, jacobian = {}, torch.zeros((), dtype=torch.float64, device=latents.device)
+        for site, unconstrained in self._guide._unpack_latent(latents if lanes.nesting is not None else latents[0]):
+            transform = biject_to(site["fn"].support)
+            values[site["name"]] = value = transform(unconstrained)
+            jacobian = jacobian + lanes.total(transform.log_abs_det_jacobian(unconstrained, value))
+        program = poutine.condition(self._model, data=values)
+        plate = pyro.plate("_draws", lanes.num_draws, dim=-lanes.nesting - 1) if lanes.nesting is not None else None
+        with nullcontext() if plate is None else plate:
+            return poutine.trace(program).get_trace(*self._args, **self._kwargs), jacobian
+
+
+def _is_random_subsample(site: Any) -> bool:
+    if site["type"] != "sample" or not site_is_subsample(site) or site["is_observed"]:
+        return False
+    size, full_size = site["fn"].subsample_size, site["fn"].size
+    return size is not None and size < full_size

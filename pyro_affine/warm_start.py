@@ -1,0 +1,145 @@
+"""A Gaussian to start a flow guide from: candidates, the choice among them by ELBO, and its refinement."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+
+import torch
+from torch import Tensor
+
+from pyro_affine.gaussian import DiagonalGaussian, Gaussian, ValueAndScore, elbos, refine, refine_diagonal
+from pyro_affine.latent_density import LatentDensity
+from pyro_affine.pathfinder import Path, climb
+
+LARGEST_DENSE = 300  # latents up to which D x D matrices are no burden
+_MAX_ITERATIONS, _MAX_REFINEMENTS = 100, 300
+_CLIMB_SHARE, _REFINE_SHARE = 0.5, 0.9  # of the allowance at which each phase ends
+_NUM_RANDOM_STARTS, _RADIUS = 3, 2.0  # uniform within two units of 0, as Stan starts its chains
+# Step lengths tried at once: one batch costs about as much as one point. One by one they are fewer.
+_STEPS_AT_ONCE, _STEPS_ONE_BY_ONE = (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), (1.0, 0.2, 0.01)
+_SEPARATE = 5.0  # nats by which the density dips between two modes that count as two
+
+
+class Allowance:
+    """How much of the seconds and model runs of a task is spent.
+
+    Args:
+        density: what is run.
+        seconds: wall-clock time from here on, or None for no limit.
+        num_runs: runs of the model from here on, or None for no limit.
+    """
+
+    def __init__(self, density: LatentDensity, seconds: float | None, num_runs: int | None) -> None:
+        self._density, self._seconds, self._num_runs = density, seconds, num_runs
+        self._start, self._first_run = time.perf_counter(), density.num_runs
+
+    @property
+    def spent(self) -> float:
+        """Share that is spent, 1 and more when all is."""
+        in_time = (time.perf_counter() - self._start) / self._seconds if self._seconds else 0.0
+        in_runs = (self._density.num_runs - self._first_run) / self._num_runs if self._num_runs else 0.0
+        return max(in_time, in_runs)
+
+
+def find_gaussian(
+    density: LatentDensity,
+    init_loc: Tensor,
+    init_scale: float,
+    *,
+    seconds: float | None = None,
+    num_runs: int | None = None,
+) -> Gaussian:
+    """The Gaussian of highest ELBO that a small budget finds.
+
+    Candidates are N(init_loc, init_scale^2 I) and, for each of several ascents to a mode, the best Gaussian on the
+    way and the one at its end. The candidate with the highest ELBO on common draws is refined by natural gradients,
+    and the result taken if its ELBO, on common draws again, is higher.
+
+    For more latents than ``LARGEST_DENSE``, where a matrix can not be afforded, there are no ascents, and the
+    Gaussian has independent entries. A density that changes from call to call, that of a model with randomly
+    subsampled plates, is not searched at all: N(init_loc, init_scale^2 I) is returned.
+
+    Args:
+        density: of the model.
+        init_loc: where the guide would start by itself. Shape: (D,).
+        init_scale: its standard deviation there.
+        seconds: how long it may take; None for no limit.
+        num_runs: how many model runs it may take, draws at once counted as one; None for no limit.
+
+    Returns:
+        The Gaussian, in float64; a ``DiagonalGaussian`` for many latents.
+
+    Warns:
+        RuntimeWarning: if ascents ended in modes of similar weight with a dip between them.
+    """
+    loc = init_loc.detach().double()
+    scale = torch.full_like(loc, init_scale)
+    dense = len(loc) <= LARGEST_DENSE
+    start = Gaussian(loc, scale.diag()) if dense else DiagonalGaussian(loc, scale)
+    if density.is_random():
+        return start
+
+    def evaluate(latents: Tensor) -> tuple[Tensor, Tensor]:
+        return density.value_and_score(latents.to(init_loc))
+
+    allowance = Allowance(density, seconds, num_runs)
+    at_once = density.nesting is not None
+    found = _ascend(start, evaluate, allowance, at_once) if dense else start
+    improve = refine if dense else refine_diagonal
+    refined = improve(
+        found,
+        evaluate,
+        num_draws=min(max(64, 4 * len(loc)), 256) if at_once else 8,
+        may_go_on=lambda step: step < _MAX_REFINEMENTS and allowance.spent < _REFINE_SHARE,
+    )
+    return _best([found, refined], evaluate, 256 if at_once else 16)
+
+
+def _ascend(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance, at_once: bool) -> Gaussian:
+    """The best of the start and of Gaussians on the way to modes and at them."""
+    paths = climb(
+        _starts(start.loc, at_once),
+        evaluate,
+        step_sizes=_STEPS_AT_ONCE if at_once else _STEPS_ONE_BY_ONE,
+        num_draws=8 if at_once else 4,
+        may_go_on=lambda step: step < _MAX_ITERATIONS and allowance.spent < _CLIMB_SHARE,
+    )
+    if paths:
+        _warn_of_modes(paths, evaluate)
+    candidates = [start, *(path.best for path in paths), *(path.gaussian() for path in paths)]
+    return _best([candidate for candidate in candidates if candidate is not None], evaluate, 64 if at_once else 8)
+
+
+def _starts(loc: Tensor, at_once: bool) -> Tensor:
+    if not at_once:
+        return loc[None]
+    random = (2 * torch.rand(_NUM_RANDOM_STARTS, len(loc), dtype=loc.dtype, device=loc.device) - 1) * _RADIUS
+    return torch.cat([loc[None], random])
+
+
+def _best(candidates: list[Gaussian], evaluate: ValueAndScore, num_draws: int) -> Gaussian:
+    loc = candidates[0].loc
+    noise = torch.randn(num_draws, len(loc), dtype=loc.dtype, device=loc.device)
+    scores = elbos(candidates, evaluate, noise)
+    return candidates[scores.index(max(scores))]
+
+
+def _warn_of_modes(paths: list[Path], evaluate: ValueAndScore) -> None:
+    """Compare the path of highest ELBO with each other one of about the same, along the line between their ends."""
+    best, *others = sorted(paths, key=lambda path: -path.best_elbo)
+    for path in others:
+        if not best.best_elbo - path.best_elbo < _SEPARATE:
+            continue
+        steps = torch.linspace(0, 1, 11).to(path.point)[:, None]
+        values = evaluate(torch.lerp(best.point, path.point, steps))[0].nan_to_num(-math.inf)
+        if min(values[0], values[-1]) - values.min() > _SEPARATE:
+            warnings.warn(
+                "the posterior may have more than one mode: ascents from two starts ended "
+                f"{float((path.point - best.point).norm()):.3g} apart in unconstrained space, with a dip of the "
+                "density between them. A flow tends to cover one mode: compare fits from several init_loc_fn",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return
