@@ -15,7 +15,7 @@ QUIET := $(shell test -t 2 || echo -qq)
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONHASHSEED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format coverage bench-roundtrip bench-guides clean
+.PHONY: help demo test lint format coverage bench-trust bench-roundtrip bench-guides clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ bench-roundtrip: $(STAMP)  ## measure the float32 round-trip error of deep stack
 
 bench-guides: $(STAMP)  ## measure guides on posteriors beside Pyro's and NUTS, hours; ARGS="--seeds 1" for less
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/guides.py --jobs $(WORKERS) $(ARGS)
+
+bench-trust: $(STAMP)  ## check the verdict on three posteriors beside long NUTS runs, about 15 minutes
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/trust.py
 
 clean:  ## remove the environment and all that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov

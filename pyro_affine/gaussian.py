@@ -11,7 +11,8 @@ from torch import Tensor
 
 # log-density and its gradient at the rows of a matrix; NaN where there is none. Shapes: (S, D) to (S,) and (S, D).
 ValueAndScore = Callable[[Tensor], tuple[Tensor, Tensor]]
-_ADAM_RATE, _LEAST_ADAM = 0.05, 100  # in standard deviations; steps before a stall counts
+_ADAM_RATE = 0.1  # in standard deviations, at the start; it falls like one over the root of the steps
+_LONGEST = 3.0  # median lengths of a residual; a longer one is cut down, lest one far-out draw decides
 _WIDEST_CHANGE = 4.0  # of a variance in one step, either way: a batch that says more than that is not to be trusted
 
 
@@ -98,40 +99,65 @@ def refine(start: Gaussian, density: ValueAndScore, *, num_draws: int, may_go_on
     Source: Conjugate-computation variational inference (Khan and Lin, 2017) for the natural gradient; Roeder et al.
     (2017) for the path gradient.
     """
-    now = start
+    now, best, trust = start, _Best(start), 1.0
     history: list[float] = []
     largest = num_draws / (num_draws + 2 * len(start.loc))  # few draws say little of a large matrix
-    while may_go_on(len(history)) and not _stalls(history):
+    while may_go_on(len(history)) and not _stalls(history, 10):
         half = torch.randn(num_draws // 2, len(now.loc), dtype=now.loc.dtype, device=now.loc.device)
         noise = torch.cat([half, -half])
         values, scores = density(now.draws(noise))
         kept = values.isfinite() & scores.isfinite().all(-1)
-        history.append(float(now.log_weights(values, noise)[kept].mean()))
-        if kept.sum() < num_draws // 2:
-            now = Gaussian(now.loc, 0.5 * now.scale_tril)  # back to where the model can be evaluated
-        else:
-            now = _step(now, noise[kept], scores[kept], largest / math.sqrt(1 + len(history) / 10))
+        history.append(_mean(now.log_weights(values, noise)))
+        fell = best.update(now, now.log_weights(values, noise)[kept])
+        if kept.sum() < num_draws // 2 and not fell:
+            now = Gaussian(now.loc, 0.5 * now.scale_tril)  # to where the model can be evaluated
+            continue
+        size = trust * largest / math.sqrt(1 + len(history) / 10)
+        after = None if fell else _step(now, noise[kept], scores[kept], size)
+        now, trust = (best.gaussian, 0.3 * trust) if after is None else (after, min(1.0, 1.1 * trust))
     return now
 
 
-def _stalls(history: list[float]) -> bool:
-    """Whether the last ten ELBOs are no better than the ten before."""
-    last, before = (torch.tensor(part, dtype=torch.float64) for part in (history[-10:], history[-20:-10]))
-    if len(before) < 10:
+class _Best:
+    """The Gaussian of the highest ELBO so far, to go back to when a step has gone wrong."""
+
+    def __init__(self, gaussian: Gaussian) -> None:
+        self.gaussian, self.elbo, self.error = gaussian, -math.inf, 0.0
+
+    def update(self, gaussian: Gaussian, log_weights: Tensor) -> bool:
+        """Take the log-weights of another; True if its ELBO is lower beyond doubt, or there is none."""
+        if len(log_weights) < 2:
+            return self.elbo > -math.inf
+        elbo, error = float(log_weights.mean()), float(log_weights.std()) / math.sqrt(len(log_weights))
+        if not elbo > self.elbo - 1 - 4 * math.hypot(error, self.error):
+            return True
+        if elbo > self.elbo:
+            self.gaussian, self.elbo, self.error = gaussian, elbo, error
         return False
-    error = math.sqrt(float(last.var() + before.var()) / 10)
-    return bool(last.mean() - before.mean() < max(0.005, error))
 
 
-def _step(now: Gaussian, noise: Tensor, scores: Tensor, size: float) -> Gaussian:
+def _stalls(history: list[float], window: int) -> bool:
+    """Whether the last ELBOs, as many as the window is long, are no better than as many before."""
+    if len(history) < 2 * window:
+        return False
+    last, before = torch.tensor(history[-2 * window :], dtype=torch.float64).reshape(2, window).flip(0)
+    error = math.sqrt(float(last.var() + before.var()) / window)
+    return bool(last.mean() - before.mean() < max(0.005, 0.5 * error))
+
+
+def _step(now: Gaussian, noise: Tensor, scores: Tensor, size: float) -> Gaussian | None:
+    """The next Gaussian; None if it has no covariance, by rounding."""
     residuals = scores @ now.scale_tril + noise
+    lengths = residuals.norm(dim=-1, keepdim=True)
+    residuals = residuals * (_LONGEST * lengths.median() / lengths.clamp(min=1e-300)).clamp(max=1.0)
     outer = residuals.T @ noise / len(noise)
     values, vectors = torch.linalg.eigh((outer + outer.T) / 2)
     precision = (1 - size * values).clamp(1 / _WIDEST_CHANGE, _WIDEST_CHANGE)
     covariance = (vectors / precision) @ vectors.T
     shift = size * covariance @ residuals.mean(0)
     shift = shift / max(1.0, float(shift.norm()) / math.sqrt(len(shift)))
-    return Gaussian(now.loc + now.scale_tril @ shift, now.scale_tril @ torch.linalg.cholesky(covariance))
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    return None if failed else Gaussian(now.loc + now.scale_tril @ shift, now.scale_tril @ factor)
 
 
 def refine_diagonal(
@@ -149,7 +175,7 @@ def refine_diagonal(
     loc, log_scale = start.loc.clone(), start.scale.log()
     means, squares = torch.zeros(2, 2, len(loc)).to(loc)
     history: list[float] = []
-    while may_go_on(len(history)) and not (len(history) > _LEAST_ADAM and _stalls(history)):
+    while may_go_on(len(history)) and not _stalls(history, 50):
         now = DiagonalGaussian(loc, log_scale.exp())
         noise = torch.randn(num_draws, len(loc)).to(loc)
         values, scores = density(now.draws(noise))
@@ -162,6 +188,7 @@ def refine_diagonal(
         gradient = torch.stack([residuals.mean(0), (residuals * noise[kept]).mean(0)])
         means, squares = 0.9 * means + 0.1 * gradient, 0.99 * squares + 0.01 * gradient.square()
         age = len(history)
-        step = _ADAM_RATE * means / (1 - 0.9**age) / (squares / (1 - 0.99**age)).sqrt().clamp(min=1e-12)
+        rate = _ADAM_RATE / math.sqrt(1 + age / 20)
+        step = rate * means / (1 - 0.9**age) / (squares / (1 - 0.99**age)).sqrt().clamp(min=1e-12)
         loc, log_scale = loc + now.scale * step[0], log_scale + step[1]
     return DiagonalGaussian(loc, log_scale.exp())

@@ -46,7 +46,9 @@ class Path:
 
     def _first_inverse(self) -> Tensor:
         """So that a first step is no longer than 1."""
-        return torch.eye(len(self.point)).to(self.point) / self.score.norm().clamp(min=1.0)
+        length = self.score.norm().clamp(min=1.0)
+        inverse: Tensor = torch.eye(len(self.point)).to(self.point) / length
+        return inverse
 
     def probes(self, spacing: float) -> tuple[Tensor, Tensor]:
         """Points to both sides of the present one, and how far off they are. Shapes: (2 D, D), (D,)."""

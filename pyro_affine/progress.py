@@ -36,7 +36,7 @@ class ProgressBar:
         describe: Callable[[float], str],
     ) -> None:
         self._describe, self._in_steps = describe, num_steps is not None
-        self._smoothed, self._shown_at, self.note = math.nan, 0.0, ""
+        self._smoothed, self._norm, self._shown_at, self.note = math.nan, math.nan, 0.0, ""
         self._full = num_steps or seconds or 1
         self._bar = _make_bar(description, num_steps, seconds) if show and _is_watched() else None
 
@@ -45,15 +45,16 @@ class ProgressBar:
         if math.isfinite(loss):
             old = self._smoothed
             self._smoothed = old + _SMOOTHING * (loss - old) if math.isfinite(old) else loss
+        self._norm = norm
         now = time.perf_counter()
         if self._bar is None or now - self._shown_at < _REFRESH_SECONDS:
             return
         self._shown_at = now
         self._bar.n = step if self._in_steps else min(round(elapsed, 1), self._bar.total)
-        self._bar.set_postfix_str(self._text(norm), refresh=True)
+        self._bar.set_postfix_str(self._text(), refresh=True)
 
-    def _text(self, norm: float) -> str:
-        return f"{self._describe(self._smoothed)}{self.note}, |gradient| {norm:.2g}"
+    def _text(self) -> str:
+        return f"{self._describe(self._smoothed)}{self.note}, |gradient| {self._norm:.2g}"
 
     def shorten(self, end: float) -> None:
         """Show that the fit will end at this share of its budget."""
@@ -61,10 +62,10 @@ class ProgressBar:
             self._bar.total = max(1, round(self._full * end))
 
     def close(self, step: int, elapsed: float) -> None:
-        """Leave the bar as it is and end its line."""
+        """Show where the fit ended, and end the line."""
         if self._bar is not None:
             self._bar.n = step if self._in_steps else min(round(elapsed, 1), self._bar.total)
-            self._bar.refresh()
+            self._bar.set_postfix_str(self._text(), refresh=True)
             self._bar.close()
 
 

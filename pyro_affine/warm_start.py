@@ -15,7 +15,8 @@ from pyro_affine.pathfinder import Path, climb
 
 LARGEST_DENSE = 300  # latents up to which D x D matrices are no burden
 _MAX_ITERATIONS, _MAX_REFINEMENTS = 100, 300
-_CLIMB_SHARE, _REFINE_SHARE = 0.5, 0.9  # of the allowance at which each phase ends
+# Shares of the allowance at which the ascents end, the trials of their Gaussian and of the first one, and all.
+_CLIMB_SHARE, _TRIAL_SHARES, _REFINE_SHARE = 0.25, (0.5, 0.8), 0.95
 _NUM_RANDOM_STARTS, _RADIUS = 3, 2.0  # uniform within two units of 0, as Stan starts its chains
 # Step lengths tried at once: one batch costs about as much as one point. One by one they are fewer.
 _STEPS_AT_ONCE, _STEPS_ONE_BY_ONE = (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), (1.0, 0.2, 0.01)
@@ -53,9 +54,9 @@ def find_gaussian(
 ) -> Gaussian:
     """The Gaussian of highest ELBO that a small budget finds.
 
-    Candidates are N(init_loc, init_scale^2 I) and, for each of several ascents to a mode, the best Gaussian on the
-    way and the one at its end. The candidate with the highest ELBO on common draws is refined by natural gradients,
-    and the result taken if its ELBO, on common draws again, is higher.
+    One rival is N(init_loc, init_scale^2 I); the other is the best on several ascents to a mode, on the way and at
+    their ends. Both are refined by natural gradients, as a mode in the neck of a funnel can be far from the best
+    Gaussian, and the better one by more if it has not stalled. Each choice is by ELBO on common draws.
 
     For more latents than ``LARGEST_DENSE``, where a matrix can not be afforded, there are no ascents, and the
     Gaussian has independent entries. A density that changes from call to call, that of a model with randomly
@@ -86,24 +87,34 @@ def find_gaussian(
 
     allowance = Allowance(density, seconds, num_runs)
     at_once = density.nesting is not None
-    found = _ascend(start, evaluate, allowance, at_once) if dense else start
-    improve = refine if dense else refine_diagonal
-    refined = improve(
-        found,
-        evaluate,
-        num_draws=min(max(64, 4 * len(loc)), 256) if at_once else 8,
-        may_go_on=lambda step: step < _MAX_REFINEMENTS and allowance.spent < _REFINE_SHARE,
-    )
-    return _best([found, refined], evaluate, 256 if at_once else 16)
+    num_draws, num_scored = (min(max(64, 4 * len(loc)), 256), 256) if at_once else (8, 8)
+
+    def raise_elbo(gaussian: Gaussian, share: float) -> Gaussian:
+        improve = refine if dense else refine_diagonal
+        return improve(
+            gaussian,
+            evaluate,
+            num_draws=num_draws,
+            may_go_on=lambda step: step < _MAX_REFINEMENTS and allowance.spent < share,
+        )
+
+    spacing = torch.finfo(init_loc.dtype).eps ** (1 / 3) if at_once else None  # the best for central differences
+    rivals = [start, _ascend(start, evaluate, allowance, spacing)] if dense else [start]
+    if at_once:
+        rivals += [raise_elbo(rival, share) for rival, share in zip(rivals[::-1], _TRIAL_SHARES, strict=False)]
+    chosen = _best(rivals, evaluate, num_scored)
+    return _best([chosen, raise_elbo(chosen, _REFINE_SHARE)], evaluate, num_scored)
 
 
-def _ascend(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance, at_once: bool) -> Gaussian:
-    """The best of the start and of Gaussians on the way to modes and at them."""
+def _ascend(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance, spacing: float | None) -> Gaussian:
+    """The best of the start and of Gaussians on the way to modes and at them; spacing None for draws one by one."""
+    at_once = spacing is not None
     paths = climb(
         _starts(start.loc, at_once),
         evaluate,
         step_sizes=_STEPS_AT_ONCE if at_once else _STEPS_ONE_BY_ONE,
         num_draws=8 if at_once else 4,
+        spacing=spacing,
         may_go_on=lambda step: step < _MAX_ITERATIONS and allowance.spent < _CLIMB_SHARE,
     )
     if paths:

@@ -114,7 +114,8 @@ class DiagonalWhitening(FlowTransform):
         """
         if loc.shape != self.loc.shape or scale.shape != self.loc.shape:
             raise ValueError(
-                f"loc and scale must have shape {tuple(self.loc.shape)}, got {tuple(loc.shape)} and {tuple(scale.shape)}"
+                f"loc and scale must have shape {tuple(self.loc.shape)}, got {tuple(loc.shape)} and "
+                f"{tuple(scale.shape)}"
             )
         if not (loc.isfinite().all() and scale.isfinite().all() and (scale > 0).all()):
             raise ValueError("loc and scale must be finite and scale positive; drop such a candidate")

@@ -353,7 +353,7 @@ def test_any_torch_optimizer() -> None:
         ({"decay": 2.0}, "decay must be in"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
     ],
-    ids=str,
+    ids=["num_particles", "num_steps", "learning_rate", "optimizer", "decay", "evaluate_every"],
 )
 def test_arguments_are_checked(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):

@@ -341,7 +341,7 @@ def schools(data: Tensor = DATA) -> None:
 def make_guide(model: Any = schools, family: Any = None, **options: Any) -> Any:
     torch.manual_seed(0)
     pyro.clear_param_store()
-    guide = AutoRealNVP(model, num_layers=2, hidden_dims=(5,), **options)
+    guide = AutoRealNVP(model, num_layers=2, hidden_dims=(5,), **{"gradient": "path", **options})
     guide()
     jitter(guide, 0.1)
     if family is not None:

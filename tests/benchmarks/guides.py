@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -41,7 +42,7 @@ def main() -> None:
     """Read the command line, run what is missing, print the table."""
     options = _parser().parse_args()
     if options.run:
-        _work(options.run)
+        _work(options.run, options.memory)
         return
     if not options.table:
         _run_all(options)
@@ -66,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--tuned", action="store_true", help=f"peers only, each at the best rate of {TUNED_RATES} by ELBO")
     add("--draws", type=int, default=10_000, help="draws that score a guide (default 10,000)")
     add("--limit", type=float, default=1800.0, metavar="S", help="seconds for NUTS or NeuTra, or a reference chain")
-    add("--grace", type=float, default=300.0, metavar="S", help="seconds beyond the budget before a run is ended")
+    add("--grace", type=float, default=600.0, metavar="S", help="seconds beyond the budget before a run is ended")
+    add("--memory", type=float, default=8.0, metavar="GB", help="of a run; one that asks for more fails (default 8)")
     add("--no-references", action="store_true", help="make no long NUTS chains where there are no exact draws")
     add("--retry", action="store_true", help="make runs again that failed")
     add("--output", default=str(OUTPUT / "guides.jsonl"), metavar="FILE", help="rows are appended here")
@@ -77,10 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _work(text: str) -> None:
+def _work(text: str, gigabytes: float) -> None:
     """The process of one run: its row is the only thing on standard output."""
-    import warnings
+    with contextlib.suppress(ImportError):  # not on Windows
+        import resource
 
+        resource.setrlimit(resource.RLIMIT_AS, (int(gigabytes * 2**30),) * 2)
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(sys.stderr):
         row = run(Job(**json.loads(text)))
@@ -157,7 +161,7 @@ def _run_phase(jobs: list[Job], path: Path, options: argparse.Namespace) -> None
     lock, start, count = threading.Lock(), time.perf_counter(), itertools.count(1)
 
     def work(job: Job) -> None:
-        row = _run_in_process(job, options.grace)
+        row = _run_in_process(job, options)
         with lock, path.open("a") as file:
             file.write(json.dumps(row) + "\n")
             number = next(count)
@@ -169,14 +173,14 @@ def _run_phase(jobs: list[Job], path: Path, options: argparse.Namespace) -> None
             list(pool.map(work, jobs))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            raise
+            sys.exit("Stopped; the same command goes on from here")
 
 
-def _run_in_process(job: Job, grace: float) -> Row:
+def _run_in_process(job: Job, options: argparse.Namespace) -> Row:
     samples = job.method in (*SAMPLERS, REFERENCE)
     rates = len(TUNED_RATES) if job.tuned else 1
-    limit = rates * job.seconds + (job.limit if samples else 0) + grace
-    command = [sys.executable, __file__, "--run", json.dumps(asdict(job))]
+    limit = rates * job.seconds + (job.limit if samples else 0) + options.grace
+    command = [sys.executable, __file__, "--run", json.dumps(asdict(job)), "--memory", str(options.memory)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
