@@ -1,4 +1,4 @@
-"""The same start for every test and docstring: one thread, seed 0, an empty parameter store; global state left as it was."""
+"""The same start for every test and docstring; global state must be left as it was."""
 
 from __future__ import annotations
 
