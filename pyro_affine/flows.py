@@ -185,7 +185,8 @@ class NormalizingFlow(nn.Module):
         self.chain.parts[1].fit(data)
 
     def _base(self) -> dist.TorchDistribution:
-        return dist.Normal(self.loc, self.scale, validate_args=False).to_event(len(self.event_shape))  # type: ignore[no-any-return]
+        unvalidated = dist.Normal(self.loc, self.scale, validate_args=False)  # validation does not compile
+        return dist.Independent(unvalidated, len(self.event_shape), validate_args=False)
 
     def _chain(self, context: Tensor | None) -> ComposeFlow:
         if self.conditional != (context is not None):
