@@ -103,7 +103,7 @@ class ComposeFlow(FlowTransform):
         for index, (part, extra_dims) in enumerate(zip(self.parts, self._extra_dims, strict=True)):
             x, log_det = part._forward(x)
             log_dets.append(_sum_rightmost(log_det, extra_dims) if extra_dims else log_det)
-            if self.guard:
+            if self.guard or part.guard:
                 _require_finite(x, f"part {index}, {type(part).__name__},")
         return x, _total(log_dets)
 
@@ -113,7 +113,7 @@ class ComposeFlow(FlowTransform):
             part, extra_dims = self.parts[index], self._extra_dims[index]
             y, log_det = part._backward(y)
             log_dets.append(_sum_rightmost(log_det, extra_dims) if extra_dims else log_det)
-            if self.guard:
+            if self.guard or part.guard:
                 _require_finite(y, f"the inverse of part {index}, {type(part).__name__},")
         return y, _total(log_dets)
 

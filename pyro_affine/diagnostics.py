@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pyro_affine.audit import AuditReport, audit
 from pyro_affine.draws import draw_guide, replay_model
 from pyro_affine.psis_result import PSISResult
 from pyro_affine.random_state import seeded
@@ -22,7 +23,7 @@ from pyro_affine.traces import (
     value_reader,
 )
 
-__all__ = ["PSISResult", "draw_posterior", "psis"]
+__all__ = ["AuditReport", "PSISResult", "audit", "draw_posterior", "psis"]
 
 
 def draw_posterior(

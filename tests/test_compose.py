@@ -238,3 +238,9 @@ class PlainConditional(dist.conditional.ConditionalTransform):
 def test_refusals_say_the_rule_and_what_came(do, message):
     with pytest.raises(ValueError, match=message):
         do()
+
+
+def test_a_part_that_is_guarded_stays_so_in_a_chain():
+    chain = ComposeFlow([affine_coupling(4, guard=True), ExpTransform()])
+    with pytest.raises(ValueError, match=r"stay finite, got .* out of part 0, AffineCoupling,"):
+        chain(torch.full((4,), float("inf")))
