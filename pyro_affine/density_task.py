@@ -45,7 +45,7 @@ class DensityTask:
         ValueError: if the flow does not give one log-density for each row.
     """
 
-    kind = "density"
+    kind, num_dropped = "density", 0
     loss_name, score_name = "train", "held out"
     remedy = "Look for extreme rows in the data, use a bounded scale map such as AtanScale, or lower learning_rate."
 
@@ -74,6 +74,10 @@ class DensityTask:
     def loss(self) -> Tensor:
         """Mean negative log-density of the minibatch, in nats."""
         return -self._log_prob(self._batch).mean()
+
+    def grow(self) -> bool:
+        """Minibatches keep their size."""
+        return False
 
     def scores(self) -> Tensor | None:
         """Log-densities of the held-out rows, in nats."""

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.infer import Trace_ELBO
-from torch import Tensor
 
 from pyro_affine.fit_result import FitResult
+from pyro_affine.guide_task import GuideTask
 from pyro_affine.parameters import ParameterFinder
 from pyro_affine.particles import Pair, first_success
-from pyro_affine.random_state import new_seed, seeded
+from pyro_affine.random_state import seeded
 from pyro_affine.stopping import Budget, Plateau
 from pyro_affine.task import LoopOptions, OptimizerFactory, make_optimizer
 from pyro_affine.traces import sample_sites
@@ -25,8 +24,6 @@ from pyro_affine.training import TrainingLoop
 
 _STEPS = 5000  # enough for posteriors of tens of latents at 64 draws a step; a plateau ends it earlier
 _START_SHARE = 0.15  # of the steps or seconds, for the Gaussian that a guide starts from
-_PARTICLES_AT_ONCE, _PARTICLES_ONE_BY_ONE = 64, 8
-_BANK_AT_ONCE, _BANK_ONE_BY_ONE = 1024, 64
 
 
 def fit_guide(
@@ -55,9 +52,10 @@ def fit_guide(
     it, which is found out by comparison with single draws, and else one by one, with a warning. The learning rate
     rises over ``warmup`` steps, stays, and falls to zero by a cosine over the last part of the fit, in which the
     weights are averaged; whichever of averaged, last and best weights has the highest ELBO on common draws is kept.
-    A plateau brings that last part forward. A guide with a method ``warm_start``, such as ``AutoRealNVP``, first looks
-    for a good start, in 15 % of the budget. Gradients are clipped at twice the running median of their norms, and
-    steps above ten times it left out. Steps that are not finite, or whose draw the model refuses, are left out too.
+    A plateau first makes the draws of a step more, then brings that last part forward. A guide with a method
+    ``warm_start``, such as ``AutoRealNVP``, first looks for a good start, in 15 % of the budget. Gradients are
+    clipped at twice the running median of their norms, and steps above ten times it left out. Steps that are not
+    finite, or whose draw the model refuses, are left out too.
 
     Ctrl-C ends the fit and keeps what was trained. With ``checkpoint``, a fit that was stopped in any way goes on
     when the same call is made again; on a CPU, with ``num_steps``, to the same weights bit for bit. The parameters
@@ -70,9 +68,11 @@ def fit_guide(
         kwargs: keyword arguments of both.
         num_steps: the longest that the fit may take, in steps; 5000 if ``seconds`` is not given either.
         seconds: the longest that it may take, in seconds. A fit that the clock ends is not reproducible.
-        learning_rate: the highest; default 0.1 / D for D latent entries, within [5e-4, 5e-3].
+        learning_rate: the highest; default 0.1 / D for D latent entries, within [5e-4, 5e-3], for 64 draws a step, and
+            twice that for 256.
         optimizer: called with (parameters, lr=...); any class of ``torch.optim`` but LBFGS, or a partial of it.
-        num_particles: draws a step; default 64 at once, or 8 one by one.
+        num_particles: draws a step. Default 8 one by one; at once 64, and 256 from the first plateau on, or from the
+            start where ``seconds`` is given and that makes a step less than twice as long.
         warmup: number of steps over which the learning rate rises; at most a tenth of ``num_steps``.
         decay: share of the fit over which the learning rate falls.
         tolerance: improvement between evaluations, in nats, below which the ELBO is on a plateau; None to use the
@@ -106,10 +106,14 @@ def fit_guide(
     with seeded(seed), _without_nan_warnings():
         finder = ParameterFinder({"guide": guide, "model": model})
         model_trace, _ = pair.prototype()
-        task = GuideTask(pair, num_particles, seed=seed)
-        _start_warm(pair, task.nesting, num_steps, seconds)
+        nesting, reason = pair.find_nesting()
+        _start_warm(pair, nesting, num_steps, seconds)
+        task = GuideTask(pair, num_particles, nesting=nesting, reason=reason, seed=seed)
         weights = Weights(finder.find(lambda: first_success(task.loss)), finder.modules)
-        rate = _default_rate(model_trace) if learning_rate is None else learning_rate
+        task.use_direct_loss(list(weights.parameters.values()))
+        if seconds is not None:
+            task.grow_if_cheap()
+        rate = _default_rate(model_trace, task.num_particles) if learning_rate is None else learning_rate
         optimizer_made = make_optimizer(optimizer, list(weights.parameters.values()), lr=rate)
         rule = Plateau(tolerance)
         return TrainingLoop(task, weights, optimizer_made, budget=budget, rule=rule, options=options).run()
@@ -124,94 +128,16 @@ def _start_warm(pair: Pair, nesting: int | None, num_steps: int | None, seconds:
         start(pair.model, pair.args, pair.kwargs, nesting=nesting, seconds=limit, num_runs=num_runs)
 
 
-class GuideTask:
-    """The ELBO of a guide, as a task for the training loop.
+def _default_rate(model_trace: Any, num_particles: int) -> float:
+    """0.1 / D within [5e-4, 5e-3] for 64 draws a step, and as the root of their number.
 
-    Args:
-        pair: model and guide; the guide is set up.
-        num_particles: draws a step; None for a default that suits how they run.
-        seed: seed of the fit, for checkpoints.
-
-    Raises:
-        ValueError: if ``num_particles`` is not positive.
+    The rate that won most often in Agrawal et al. (2020), kept from extremes; more draws make a gradient that is
+    worth longer steps.
     """
-
-    kind = "guide"
-    loss_name, score_name = "ELBO", "fixed draws"
-    remedy = (
-        "Look at what the model does there for a far-out draw (a scale that overflows, the log of 0), start from a "
-        "smaller init_scale, lower learning_rate, or use float64."
-    )
-
-    def __init__(self, pair: Pair, num_particles: int | None = None, *, seed: int | None = None) -> None:
-        if num_particles is not None and num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {num_particles}; 64 is the default")
-        self.pair = pair
-        self.nesting, reason = pair.find_nesting()
-        at_once = self.nesting is not None
-        self.num_particles = num_particles or (_PARTICLES_AT_ONCE if at_once else _PARTICLES_ONE_BY_ONE)
-        self.num_scored = _BANK_AT_ONCE if at_once else _BANK_ONE_BY_ONE
-        self.arguments = {"num_particles": self.num_particles, "seed": seed}
-        self._elbo = Trace_ELBO(
-            self.num_particles,
-            max_plate_nesting=math.inf if self.nesting is None else self.nesting,
-            vectorize_particles=at_once,
-        )
-        self._bank_seed = new_seed()
-        if reason and self.num_particles > 1:
-            _warn_of_single_draws(self.num_particles, reason)
-
-    def prepare(self) -> None:
-        """Nothing to fetch."""
-
-    def loss(self) -> Tensor:
-        """Negative ELBO over the particles of a step, in nats."""
-        pair = self.pair
-        loss: Tensor = self._elbo.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
-        return loss
-
-    def scores(self) -> Tensor:
-        """log p - log q of the same draws each time. Shape: (num_scored,)."""
-        return self._scores(self._bank_seed)
-
-    def final_scores(self) -> Tensor:
-        """log p - log q of draws that training has not seen. Shape: (num_scored,)."""
-        return self._scores(self._bank_seed + 1)
-
-    def _scores(self, seed: int) -> Tensor:
-        with seeded(seed):
-            return self.pair.log_weights(self.num_scored, self.nesting)
-
-    def locate(self) -> str:
-        """The first site that is not finite."""
-        return self.pair.first_bad_site(self.num_particles, self.nesting)
-
-    def describe(self, loss: float) -> str:
-        """The ELBO."""
-        return f"{-loss:.5g}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """The seed of the bank of draws."""
-        return {"bank_seed": self._bank_seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Use the bank of the run that is resumed."""
-        self._bank_seed = state["bank_seed"]
-
-
-def _default_rate(model_trace: Any) -> float:
-    """0.1 / D within [5e-4, 5e-3]: the rate that won most often in Agrawal et al. (2020), kept from extremes."""
     sites = [site for site in sample_sites(model_trace).values() if not site["is_observed"]]
     num_entries = max(sum(int(site["value"].numel()) for site in sites), 1)
-    return min(max(0.1 / num_entries, 5e-4), 5e-3)
-
-
-def _warn_of_single_draws(num_particles: int, reason: str) -> None:
-    warnings.warn(
-        f"the {num_particles} particles of a step run one by one: {reason}. To run them at once, which is faster, "
-        "declare batch dimensions with pyro.plate, index from the right (x[..., i]) and do not branch on values.",
-        stacklevel=3,
-    )
+    rate = min(max(0.1 / num_entries, 5e-4), 5e-3)
+    return rate * math.sqrt(max(1.0, num_particles / 64))
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class FitResult:
         num_steps: number of steps taken, skipped ones included.
         num_skipped: number of steps that changed no weights: non-finite, or a gradient far above the median.
         num_nonfinite: how many of these had a non-finite loss or gradient, or a draw that the model refused.
+        num_dropped: number of single draws left out of losses, as the model refused them or gave no finite value.
         num_rescues: how often training went back to the last good weights with a smaller step size.
         best: ELBO, or mean log-density of the validation rows (training rows where there are none), in nats,
             of the weights kept; for a guide on draws not used before.
@@ -66,6 +67,7 @@ class FitResult:
     num_steps: int = 0
     num_skipped: int = 0
     num_nonfinite: int = 0
+    num_dropped: int = 0
     num_rescues: int = 0
     best: float = math.nan
     best_error: float = math.nan
@@ -104,6 +106,8 @@ class FitResult:
             words.append(f"{self.num_unscored} draws or rows are left out of that, as their scores are not finite.")
         if self.num_skipped:
             words.append(f"{self.num_skipped} steps were skipped, {self.num_nonfinite} of them as non-finite.")
+        if self.num_dropped:
+            words.append(f"{self.num_dropped} single draws were left out of losses, as they were not finite.")
         if self.num_rescues:
             words.append(f"Training went back to its last good weights {self.num_rescues} time(s).")
         return " ".join(words)

@@ -211,10 +211,15 @@ _SIZES = {"small": (4, 1), "base": (8, 2), "large": (16, 4)}  # couplings; facto
 def capacity(num_latents: int, size: Size = "base") -> dict[str, Any]:
     """Number of couplings and widths of their hidden layers, as ``AutoRealNVP`` chooses them.
 
-    >>> capacity(10)
-    {'num_layers': 8, 'hidden_dims': (32, 32)}
+    Widths grow with the number of latents up to 64 times a factor. Above 300 latents, where the first and last layers
+    of the networks cost most, there are half the couplings and the narrowest layers.
+
+    >>> capacity(10), capacity(3000)
+    ({'num_layers': 8, 'hidden_dims': (32, 32)}, {'num_layers': 4, 'hidden_dims': (32, 32)})
     """
     num_layers, factor = _SIZES[size]
+    if num_latents > LARGEST_DENSE:
+        return {"num_layers": num_layers // 2, "hidden_dims": (16 * factor, 16 * factor)}
     width = factor * min(max(16, num_latents // 2), 64)
     return {"num_layers": num_layers, "hidden_dims": (width, width)}
 

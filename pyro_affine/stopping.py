@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_PENALTY = 10.0  # nats
+
 
 class Budget:
     """Steps and seconds spent on a fit, and how far along it is.
@@ -41,7 +43,7 @@ class Budget:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be in [0, 1), got {decay}; 0.5 decays over the second half")
         self.num_steps, self.seconds, self.decay = num_steps, seconds, decay
-        self.step, self.elapsed, self.end = 0, 0.0, 1.0
+        self.step, self.elapsed, self.end, self._reserved = 0, 0.0, 1.0, 0.0
         self._mark = time.perf_counter()
 
     def tick(self) -> None:
@@ -54,7 +56,11 @@ class Budget:
     @property
     def _spent(self) -> float:
         in_steps = self.step / self.num_steps if self.num_steps else 0.0
-        return max(in_steps, self.elapsed / self.seconds if self.seconds else 0.0)
+        return max(in_steps, self.elapsed / (self.seconds - self._reserved) if self.seconds else 0.0)
+
+    def reserve(self, seconds: float) -> None:
+        """Keep some of the seconds, half of them at most, for what comes after the last step."""
+        self._reserved = min(seconds, 0.5 * (self.seconds or 0.0))
 
     @property
     def progress(self) -> float:
@@ -181,3 +187,20 @@ def mean_and_error(scores: Tensor) -> tuple[float, float]:
     if finite.numel() < 2:
         return -math.inf, math.inf
     return finite.mean().item(), finite.std().item() / math.sqrt(finite.numel())
+
+
+def is_better(scores: Tensor, others: Tensor) -> bool:
+    """Whether scores are higher on average than others of the same draws.
+
+    One that is not finite counts as ten nats below the lowest: a guide that a few far-out draws leave without a
+    density is bad, but not as bad as one that never leaves its start.
+
+    >>> is_better(torch.tensor([1.0, 2.0, 2.0]), torch.tensor([1.0, 1.5, math.nan]))
+    True
+    """
+    finite = torch.isfinite(scores), torch.isfinite(others)
+    known = torch.cat([scores[finite[0]], others[finite[1]]])
+    if not len(known):
+        return False
+    lowest = known.min() - _PENALTY
+    return bool((torch.where(finite[0], scores, lowest) - torch.where(finite[1], others, lowest)).mean() > 0)

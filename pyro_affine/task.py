@@ -24,6 +24,10 @@ class Task(Protocol):
     remedy: str
     arguments: dict[str, Any]
 
+    @property
+    def num_dropped(self) -> int:
+        """Number of single draws or rows left out of losses so far."""
+
     def prepare(self) -> None:
         """Fetch the data of the next step; errors in here are raised as they are."""
 
@@ -35,6 +39,9 @@ class Task(Protocol):
 
     def final_scores(self) -> Tensor:
         """Scores by which the weights to keep are chosen."""
+
+    def grow(self) -> bool:
+        """Average each loss over more draws or rows from here on; False if it does not."""
 
     def locate(self) -> str:
         """The first site or layer at which the loss of the step is not finite; empty if there is none."""
@@ -105,4 +112,6 @@ def make_optimizer(factory: OptimizerFactory, parameters: list[Tensor], **option
         raise ValueError("there must be something to train, got no parameter that requires a gradient")
     if not options["lr"] > 0:
         raise ValueError(f"learning_rate must be positive, got {options['lr']}")
+    if factory in (torch.optim.Adam, torch.optim.AdamW):
+        options["fused"] = True  # one operator instead of eight for each of many small parameters
     return factory(parameters, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 import warnings
 from typing import Any, NoReturn
 
@@ -17,12 +18,13 @@ from pyro_affine.progress import ProgressBar
 from pyro_affine.random_state import random_state, set_random_state
 from pyro_affine.recovery import PERSISTENT, RESCUE_FACTOR, Recovery
 from pyro_affine.step_size import MedianClip, gradient_norm, learning_rate_factor
-from pyro_affine.stopping import Budget, Patience, Plateau, mean_and_error
+from pyro_affine.stopping import Budget, Patience, Plateau, is_better, mean_and_error
 from pyro_affine.task import LoopOptions, Task
 from pyro_affine.trained_weights import MovingAverage, Weights
 
 # The learning rate must have fallen by half before a rule ends the fit: that is when averaging pays.
 _SLOW = 0.5
+_MOST_CANDIDATES = 3  # weights that are scored at the end: last, average, best
 
 
 class TrainingLoop:
@@ -87,6 +89,8 @@ class TrainingLoop:
     def _train(self) -> None:
         self._mark_boundary()
         try:
+            if not self.budget.step:
+                self._evaluate()  # the start is a candidate too
             while not self.result.reason:
                 self._advance()
         except BaseException as error:
@@ -116,6 +120,7 @@ class TrainingLoop:
             self._update(norm)
         self.budget.tick()
         self.result.record(loss, norm, self.budget.elapsed)
+        self.result.num_dropped = self.task.num_dropped
         self.bar.update(self.budget.step, self.budget.elapsed, loss, norm)
         if problem is not None:
             self._skip(problem)
@@ -189,7 +194,9 @@ class TrainingLoop:
         return self.budget.step % self.options.evaluate_every == 0 and self.budget.step != self._evaluated
 
     def _evaluate(self) -> None:
+        start = time.perf_counter()
         scores = self.task.scores()
+        self.budget.reserve(_MOST_CANDIDATES * (time.perf_counter() - start))
         self._evaluated = self.budget.step
         if scores is None:
             return
@@ -201,11 +208,13 @@ class TrainingLoop:
             self._best = {"value": value, "step": self.budget.step, "weights": self.weights.copy()}
         if self.budget.decaying and not self._decay_begun:
             self._begin_decay()
-        if self.rule.update(scores):
+        if self.budget.step and self.rule.update(scores):  # a fit that has not begun can not have stalled
             self._settle()
 
     def _settle(self) -> None:
-        if not self.budget.decaying:
+        if not self.budget.decaying and self.task.grow():
+            self.rule.reset()
+        elif not self.budget.decaying:
             self.budget.begin_decay()
             self.bar.shorten(self.budget.end)
             self.weights.restore(self._best.get("weights", {}))
@@ -226,7 +235,7 @@ class TrainingLoop:
         scores = {name: self._final_scores(values) for name, values in candidates.items()}
         chosen = "last"
         for name in candidates:
-            chosen = name if _is_better(scores[name], scores[chosen]) else chosen
+            chosen = name if is_better(scores[name], scores[chosen]) else chosen
         self.weights.restore(candidates[chosen])
         self.result.chosen = chosen
         self.result.best, self.result.best_error = mean_and_error(scores[chosen])
@@ -282,11 +291,3 @@ class TrainingLoop:
     def _parts(self) -> dict[str, Any]:
         names = ("optimizer", "budget", "rule", "recovery", "clip", "average", "result")
         return {name: getattr(self, name) for name in names}
-
-
-def _is_better(scores: Tensor, others: Tensor) -> bool:
-    finite, others_finite = torch.isfinite(scores), torch.isfinite(others)
-    if finite.sum() != others_finite.sum():
-        return bool(finite.sum() > others_finite.sum())
-    both = finite & others_finite
-    return bool((scores - others)[both].mean() > 0)

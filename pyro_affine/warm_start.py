@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,12 +16,38 @@ from pyro_affine.pathfinder import Path, climb
 
 LARGEST_DENSE = 300  # latents up to which D x D matrices are no burden
 _MAX_ITERATIONS, _MAX_REFINEMENTS = 100, 300
-# Shares of the allowance at which the ascents end, the trials of their Gaussian and of the first one, and all.
-_CLIMB_SHARE, _TRIAL_SHARES, _REFINE_SHARE = 0.25, (0.5, 0.8), 0.95
-_NUM_RANDOM_STARTS, _RADIUS = 3, 2.0  # uniform within two units of 0, as Stan starts its chains
-# Step lengths tried at once: one batch costs about as much as one point. One by one they are fewer.
-_STEPS_AT_ONCE, _STEPS_ONE_BY_ONE = (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), (1.0, 0.2, 0.01)
+_RADIUS = 2.0  # of random starts: uniform within two units of 0, as Stan starts its chains
 _SEPARATE = 5.0  # nats by which the density dips between two modes that count as two
+_MANY = 60  # iterations that most ascents end within
+_OVERDRAFT = 2.0  # allowances that a slow ascent may take, as long as its ELBO rises by a nat in five iterations
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How thorough a search is.
+
+    Args:
+        num_random_starts: ascents besides the one from the initial values.
+        steps: lengths tried in each iteration of an ascent, 1 being a Newton step.
+        num_draws: draws by which the Gaussians on the way are judged.
+        num_scored: draws by which candidates are compared.
+        climb_share, trial_shares, refine_share: shares of the allowance at which the ascents end, the trials of their
+            Gaussian and of the first one, and all.
+    """
+
+    num_random_starts: int
+    steps: tuple[float, ...]
+    num_draws: int
+    num_scored: int
+    climb_share: float = 0.25
+    trial_shares: tuple[float, ...] = ()
+    refine_share: float = 0.95
+
+
+# Many rows at once cost about as much as one, unless the model is slow. One by one, each counts.
+_THOROUGH = Effort(3, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 256, trial_shares=(0.5, 0.8))
+_SLOW = Effort(0, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 64, climb_share=0.6)
+_ONE_BY_ONE = Effort(0, (1.0, 0.2, 0.01), 4, 8)
 
 
 class Allowance:
@@ -86,8 +113,8 @@ def find_gaussian(
         return density.value_and_score(latents.to(init_loc))
 
     allowance = Allowance(density, seconds, num_runs)
-    at_once = density.nesting is not None
-    num_draws, num_scored = (min(max(64, 4 * len(loc)), 256), 256) if at_once else (8, 8)
+    effort = _effort(start, evaluate, allowance) if density.nesting is not None else _ONE_BY_ONE
+    num_draws = min(max(64, 4 * len(loc)), 256) if density.nesting is not None else 8
 
     def raise_elbo(gaussian: Gaussian, share: float) -> Gaussian:
         improve = refine if dense else refine_diagonal
@@ -98,35 +125,50 @@ def find_gaussian(
             may_go_on=lambda step: step < _MAX_REFINEMENTS and allowance.spent < share,
         )
 
-    spacing = torch.finfo(init_loc.dtype).eps ** (1 / 3) if at_once else None  # the best for central differences
-    rivals = [start, _ascend(start, evaluate, allowance, spacing)] if dense else [start]
-    if at_once:
-        rivals += [raise_elbo(rival, share) for rival, share in zip(rivals[::-1], _TRIAL_SHARES, strict=False)]
-    chosen = _best(rivals, evaluate, num_scored)
-    return _best([chosen, raise_elbo(chosen, _REFINE_SHARE)], evaluate, num_scored)
+    spacing = None if density.nesting is None else torch.finfo(init_loc.dtype).eps ** (1 / 3)  # best for differences
+    rivals = [start, _ascend(start, evaluate, allowance, effort, spacing)] if dense else [start]
+    rivals += [raise_elbo(rival, share) for rival, share in zip(rivals[::-1], effort.trial_shares, strict=False)]
+    chosen = _best(rivals, evaluate, effort.num_scored)
+    return _best([chosen, raise_elbo(chosen, effort.refine_share)], evaluate, effort.num_scored)
 
 
-def _ascend(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance, spacing: float | None) -> Gaussian:
-    """The best of the start and of Gaussians on the way to modes and at them; spacing None for draws one by one."""
-    at_once = spacing is not None
+def _effort(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance) -> Effort:
+    """Whether there is time for many ascents at once: by what one iteration would take."""
+    before = allowance.spent
+    rows = (1 + _THOROUGH.num_random_starts) * (len(_THOROUGH.steps) + _THOROUGH.num_draws)
+    evaluate(start.draws(torch.randn(rows, len(start.loc)).to(start.loc)))
+    return _THOROUGH if allowance.spent < before + _THOROUGH.climb_share / _MANY else _SLOW
+
+
+def _ascend(
+    start: Gaussian, evaluate: ValueAndScore, allowance: Allowance, effort: Effort, spacing: float | None
+) -> Gaussian:
+    """The best of the start and of Gaussians on the way to modes and at them."""
+    history: list[float] = []
+
+    def may_go_on(iteration: int, elbo: float) -> bool:
+        history.append(elbo)
+        rises = len(history) < 6 or elbo > history[-6] + 1
+        late = allowance.spent > effort.climb_share
+        overdraws = effort is _SLOW and rises and allowance.spent < _OVERDRAFT
+        return iteration < _MAX_ITERATIONS and (overdraws or not late)
+
     paths = climb(
-        _starts(start.loc, at_once),
+        _starts(start.loc, effort.num_random_starts),
         evaluate,
-        step_sizes=_STEPS_AT_ONCE if at_once else _STEPS_ONE_BY_ONE,
-        num_draws=8 if at_once else 4,
+        step_sizes=effort.steps,
+        num_draws=effort.num_draws,
         spacing=spacing,
-        may_go_on=lambda step: step < _MAX_ITERATIONS and allowance.spent < _CLIMB_SHARE,
+        may_go_on=may_go_on,
     )
     if paths:
         _warn_of_modes(paths, evaluate)
     candidates = [start, *(path.best for path in paths), *(path.gaussian() for path in paths)]
-    return _best([candidate for candidate in candidates if candidate is not None], evaluate, 64 if at_once else 8)
+    return _best([candidate for candidate in candidates if candidate is not None], evaluate, effort.num_scored)
 
 
-def _starts(loc: Tensor, at_once: bool) -> Tensor:
-    if not at_once:
-        return loc[None]
-    random = (2 * torch.rand(_NUM_RANDOM_STARTS, len(loc), dtype=loc.dtype, device=loc.device) - 1) * _RADIUS
+def _starts(loc: Tensor, num_random: int) -> Tensor:
+    random = (2 * torch.rand(num_random, len(loc), dtype=loc.dtype, device=loc.device) - 1) * _RADIUS
     return torch.cat([loc[None], random])
 
 

@@ -27,9 +27,9 @@ FLOORS = {  # files of one floor do not know each other
     "replay psis_result batches recovery blueprint saved_guide pathfinder support_check": 1,
     "compose fused draws particles density_task plots serialize": 2,
     "audit gradients latent_density training": 3,
-    "flows diagnostics fit fit_density latent_elbo warm_start": 4,
-    "export guides health simulate": 5,
-    "neutra": 6,
+    "flows diagnostics fit_density latent_elbo warm_start": 4,
+    "export guides guide_task health simulate": 5,
+    "fit neutra": 6,
 }
 FLOOR_OF = {name: floor for names, floor in FLOORS.items() for name in names.split()}
 FREE = ("__init__", "__main__")  # these may import from every floor

@@ -28,6 +28,7 @@ class Bowl:
     """Minimise (w - 3)^2 / 2 with noise in the gradient; ``disturb(call)`` may return another loss or raise."""
 
     kind, loss_name, score_name, remedy, arguments = "density", "train", "held out", "Move the bowl.", {}
+    num_dropped, growths = 0, 0
 
     def __init__(self, noise: float = 0.0, disturb: Callable[[int, Tensor], Tensor | None] | None = None) -> None:
         self.w = torch.zeros(1, requires_grad=True)
@@ -46,6 +47,10 @@ class Bowl:
 
     def final_scores(self) -> Tensor:
         return -(self.w.detach() - 3 - self.rows + self.rows.mean()).square() / 2
+
+    def grow(self) -> bool:
+        self.growths -= 1
+        return self.growths >= 0
 
     def locate(self) -> str:
         return "the bowl leaks"
@@ -524,9 +529,9 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(tmp_path: Path) -> None:
     options = {"evaluate_every": 20, "num_steps": 100}
     whole = make_loop(Bowl(), **options).run()
     broken = make_loop(Interrupted(), checkpoint=tmp_path / "a.ckpt", **options).run()
-    assert (broken.num_steps, broken.validation_steps) == (40, [20])
+    assert (broken.num_steps, broken.validation_steps) == (40, [0, 20])
     resumed = make_loop(Bowl(), checkpoint=tmp_path / "a.ckpt", **options).run()
-    assert resumed.validation_steps == whole.validation_steps == [20, 40, 60, 80, 100]
+    assert resumed.validation_steps == whole.validation_steps == [0, 20, 40, 60, 80, 100]
     assert resumed.validation_losses == whole.validation_losses
 
 
@@ -642,3 +647,19 @@ def test_summary_is_one_paragraph(reason: str) -> None:
     fit = FitResult("guide", reason=reason, best=-3.21, best_error=0.01, num_steps=7, times=[1.0], num_skipped=2)
     text = str(fit)
     assert "\n" not in text and "step 7" in text and "ELBO -3.21" in text and "2 steps were skipped" in text
+
+
+def test_a_plateau_first_asks_for_more_draws() -> None:
+    plain, growing = Bowl(), Bowl()
+    growing.growths = 1
+    steps = [make_loop(task, num_steps=10_000, evaluate_every=20).run().num_steps for task in (plain, growing)]
+    assert steps[1] > steps[0] and growing.growths < 0
+
+
+def test_the_start_is_kept_where_training_makes_it_worse() -> None:
+    task = Bowl()
+    task.w.data.fill_(3.0)
+    task.rows = task.rows - task.rows.mean()
+    task.disturb = lambda call, w: w.sum()
+    fit = make_loop(task, num_steps=30, rate=1.0).run()
+    assert fit.chosen == "best" and task.w.item() == 3.0

@@ -1,0 +1,176 @@
+"""The ELBO of a guide, as a task for the training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from contextlib import suppress
+from typing import Any
+
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+from pyro_affine.latent_elbo import LatentELBO, agree, latent_density
+from pyro_affine.particles import BAD_DRAW, Pair
+from pyro_affine.random_state import new_seed, seeded
+
+_PARTICLES_AT_ONCE, _PARTICLES_ONE_BY_ONE = 64, 8
+_BANK_AT_ONCE, _BANK_ONE_BY_ONE = 1024, 64
+_NUM_COMPARED = 4  # draws by which two ways to the loss are compared
+_GROWTH = 4  # times as many draws, of the default number
+_CHEAP, _NUM_TIMED = 2.0, 3  # times the seconds of a step that more draws may take; losses timed
+
+
+class GuideTask:
+    """The ELBO of a guide, as a task for the training loop.
+
+    The loss is that of ``Trace_ELBO``. Where the guide is an ``AutoContinuous`` made of one ``FlowTransform`` and the
+    model has nothing to train and does not change from call to call, it is computed by ``LatentELBO``, which costs
+    less and leaves single draws out that the model refuses; loss and gradient must agree on a few draws first.
+
+    Where the number of draws is left to it, it grows once, fourfold: when the ELBO stalls, or at the start where
+    that makes a step less than twice as long.
+
+    Args:
+        pair: model and guide; the guide is set up, and has found its start.
+        num_particles: draws a step; None for a default that suits how they run.
+        nesting, reason: from ``Pair.find_nesting``.
+        parameters: what is trained.
+        seed: seed of the fit, for checkpoints.
+
+    Attributes:
+        num_dropped: number of single draws left out so far.
+
+    Raises:
+        ValueError: if ``num_particles`` is not positive.
+    """
+
+    kind = "guide"
+    loss_name, score_name = "ELBO", "fixed draws"
+    remedy = (
+        "Look at what the model does there for a far-out draw (a scale that overflows, the log of 0), start from a "
+        "smaller init_scale, lower learning_rate, or use float64."
+    )
+
+    def __init__(
+        self,
+        pair: Pair,
+        num_particles: int | None = None,
+        *,
+        nesting: int | None,
+        reason: str = "",
+        seed: int | None = None,
+    ) -> None:
+        if num_particles is not None and num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, got {num_particles}; 64 is the default")
+        self.pair, self.nesting = pair, nesting
+        at_once = nesting is not None
+        self.num_particles = num_particles or (_PARTICLES_AT_ONCE if at_once else _PARTICLES_ONE_BY_ONE)
+        self.num_scored = _BANK_AT_ONCE if at_once else _BANK_ONE_BY_ONE
+        self.arguments = {"num_particles": self.num_particles, "seed": seed}
+        self._bank_seed = new_seed()
+        if reason and self.num_particles > 1:
+            _warn_of_single_draws(self.num_particles, reason)
+        self._may_grow = at_once and num_particles is None
+        self._direct: LatentELBO | None = None
+
+    @property
+    def num_dropped(self) -> int:
+        """Number of single draws left out so far."""
+        return 0 if self._direct is None else self._direct.num_dropped
+
+    def prepare(self) -> None:
+        """Nothing to fetch."""
+
+    def loss(self) -> Tensor:
+        """Negative ELBO over the particles of a step, in nats."""
+        return self._traced_loss(self.num_particles) if self._direct is None else self._direct(self.num_particles)
+
+    def _traced_loss(self, num_particles: int) -> Tensor:
+        pair = self.pair
+        elbo = Trace_ELBO(
+            num_particles,
+            max_plate_nesting=math.inf if self.nesting is None else self.nesting,
+            vectorize_particles=self.nesting is not None,
+        )
+        loss: Tensor = elbo.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
+        return loss
+
+    def use_direct_loss(self, parameters: list[Tensor]) -> None:
+        """Take the shorter way to the loss from here on, where there is one and it agrees.
+
+        Args:
+            parameters: what is trained.
+        """
+        density = latent_density(self.pair, self.nesting)
+        if density is None:
+            return
+        few = 1 if self.nesting is None else _NUM_COMPARED
+        direct = LatentELBO(self.pair.guide, density)  # type: ignore[arg-type]  # it is an AutoContinuous
+        if agree(lambda: direct(few), lambda: self._traced_loss(few), parameters):
+            self._direct = direct
+
+    def grow(self) -> bool:
+        """Take more draws a step from here on; False where that has been done, or the number was given."""
+        grows = self._may_grow
+        self.num_particles *= _GROWTH if grows else 1
+        self._may_grow = False
+        return grows
+
+    def grow_if_cheap(self) -> None:
+        """Take more draws from the start, if a step hardly takes longer. Goes by the clock."""
+        if self._may_grow and self._seconds(_GROWTH * self.num_particles) < _CHEAP * self._seconds(self.num_particles):
+            self.grow()
+
+    def _seconds(self, num_particles: int) -> float:
+        """Of a loss and its gradient: the least of a few, as the clock is noisy."""
+        loss = self._direct or self._traced_loss
+        times = []
+        with seeded(0):
+            for _ in range(_NUM_TIMED):
+                start = time.perf_counter()
+                with suppress(*BAD_DRAW):
+                    loss(num_particles).backward()
+                times.append(time.perf_counter() - start)
+        return min(times)
+
+    def scores(self) -> Tensor:
+        """log p - log q of the same draws each time. Shape: (num_scored,)."""
+        return self._scores(self._bank_seed)
+
+    def final_scores(self) -> Tensor:
+        """log p - log q of draws that training has not seen. Shape: (num_scored,)."""
+        return self._scores(self._bank_seed + 1)
+
+    def _scores(self, seed: int) -> Tensor:
+        with seeded(seed):
+            return self.pair.log_weights(self.num_scored, self.nesting)
+
+    def locate(self) -> str:
+        """The first site that is not finite."""
+        return self.pair.first_bad_site(self.num_particles, self.nesting)
+
+    def describe(self, loss: float) -> str:
+        """The ELBO."""
+        return f"{-loss:.5g}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The seed of the bank of draws, and the counts of draws."""
+        counts = {"num_dropped": self.num_dropped, "num_particles": self.num_particles, "may_grow": self._may_grow}
+        return {"bank_seed": self._bank_seed, **counts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the run that is resumed."""
+        self._bank_seed, self.num_particles = state["bank_seed"], state["num_particles"]
+        self._may_grow = state["may_grow"]
+        if self._direct is not None:
+            self._direct.num_dropped = state["num_dropped"]
+
+
+def _warn_of_single_draws(num_particles: int, reason: str) -> None:
+    warnings.warn(
+        f"the {num_particles} particles of a step run one by one: {reason}. To run them at once, which is faster, "
+        "declare batch dimensions with pyro.plate, index from the right (x[..., i]) and do not branch on values.",
+        stacklevel=3,
+    )
