@@ -53,9 +53,9 @@ def fit_guide(
     rises over ``warmup`` steps, stays, and falls to zero by a cosine over the last part of the fit, in which the
     weights are averaged; whichever of averaged, last and best weights has the highest ELBO on common draws is kept.
     A plateau first makes the draws of a step more, then brings that last part forward. A guide with a method
-    ``warm_start``, such as ``AutoRealNVP``, first looks for a good start, in 15 % of the budget. Gradients are
-    clipped at twice the running median of their norms, and steps above ten times it left out. Steps that are not
-    finite, or whose draw the model refuses, are left out too.
+    ``warm_start``, such as ``AutoRealNVP``, first looks for a good start, in 15 % of the budget, or up to 40 %
+    where it has far to go. Gradients are clipped at twice the running median of their norms, and steps above ten
+    times it left out. Steps that are not finite, or whose draw the model refuses, are left out too.
 
     Ctrl-C ends the fit and keeps what was trained. With ``checkpoint``, a fit that was stopped in any way goes on
     when the same call is made again; on a CPU, with ``num_steps``, to the same weights bit for bit. The parameters

@@ -12,6 +12,7 @@ from pyro_affine.gaussian import Gaussian, ValueAndScore
 
 _SUFFICIENT = 1e-4  # share of the rise that the slope promises, as in every line search since Armijo (1966)
 _FLAT = 1e-6  # nats that a Newton step would still gain: the end of a path
+_LEAST_DAMPING = 1e-6  # share of the largest curvature that is added to each, ten times more after each failure
 _PROBE_EVERY = 10  # iterations after which H is taken from differences again
 
 
@@ -32,6 +33,7 @@ class Path:
         best_elbo: that ELBO, a rough one.
         inverse: H. Shape: (D, D).
         is_fresh: whether H is no more than a guess.
+        damping: share of the largest curvature that is added to all of them when H is taken anew.
         done: whether it can not rise any more.
 
     Source: Pathfinder: Parallel quasi-Newton variational inference (Zhang et al., 2022), with a dense matrix.
@@ -42,7 +44,7 @@ class Path:
         self.best: Gaussian | None = None
         self.best_elbo = -math.inf
         self.inverse = self._first_inverse()
-        self.is_fresh, self.done = True, False
+        self.damping, self.is_fresh, self.done = 0.0, True, False
 
     def _first_inverse(self) -> Tensor:
         """So that a first step is no longer than 1."""
@@ -56,14 +58,17 @@ class Path:
         return torch.cat([self.point + distance.diag(), self.point - distance.diag()]), distance
 
     def learn_curvature(self, scores: Tensor, distance: Tensor) -> None:
-        """Take H from the scores at the probes; directions that curve the wrong way count as if they did not."""
+        """Take H from the scores at the probes; directions that curve the wrong way count as if they did not.
+
+        Where that has failed to give a rise, all count as more curved, so that flat ones do not lead too far away.
+        """
         above, below = scores.tensor_split(2)
         hessian = (below - above) / (2 * distance[:, None])
         if not hessian.isfinite().all():
             return
         values, vectors = torch.linalg.eigh((hessian + hessian.T) / 2)
-        values = values.abs()
-        self.inverse = (vectors / values.clamp(min=1e-10 * float(values.max()) + 1e-300)) @ vectors.T
+        values = values.abs() + max(self.damping, 1e-10) * float(values.abs().max()) + 1e-300
+        self.inverse = (vectors / values) @ vectors.T
         self.is_fresh = False
 
     def gaussian(self) -> Gaussian | None:
@@ -81,12 +86,14 @@ class Path:
         rises = values - self.value
         allowed = scores.isfinite().all(-1) & (rises > _SUFFICIENT * slopes)
         if not allowed.any():
-            self.done = self.is_fresh
+            self.damping = max(10 * self.damping, _LEAST_DAMPING)
+            self.done = self.is_fresh or self.damping > 1
             self.inverse, self.is_fresh = self._first_inverse(), True
             return
         index = int(torch.where(allowed, rises, -math.inf).argmax())
         self._update(points[index] - self.point, self.score - scores[index])
         self.point, self.value, self.score = points[index], float(values[index]), scores[index]
+        self.damping *= 0.1 if self.damping > _LEAST_DAMPING else 0.0
         self.done = 0.5 * float(self.score @ self.inverse @ self.score) < _FLAT
 
     def _update(self, move: Tensor, change: Tensor) -> None:

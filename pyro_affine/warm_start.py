@@ -19,7 +19,7 @@ _MAX_ITERATIONS, _MAX_REFINEMENTS = 100, 300
 _RADIUS = 2.0  # of random starts: uniform within two units of 0, as Stan starts its chains
 _SEPARATE = 5.0  # nats by which the density dips between two modes that count as two
 _MANY = 60  # iterations that most ascents end within
-_OVERDRAFT = 2.0  # allowances that a slow ascent may take, as long as its ELBO rises by a nat in five iterations
+_OVERDRAFT = 2.0  # allowances that ascents may take, as long as their ELBO rises by a nat in five iterations
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,24 @@ class Effort:
         steps: lengths tried in each iteration of an ascent, 1 being a Newton step.
         num_draws: draws by which the Gaussians on the way are judged.
         num_scored: draws by which candidates are compared.
-        climb_share, trial_shares, refine_share: shares of the allowance at which the ascents end, the trials of their
-            Gaussian and of the first one, and all.
+        climb, trials, refine: shares of the allowance for the ascents, for trials to improve their Gaussian and the
+            first one, and for improving the better one.
     """
 
     num_random_starts: int
     steps: tuple[float, ...]
     num_draws: int
     num_scored: int
-    climb_share: float = 0.25
-    trial_shares: tuple[float, ...] = ()
-    refine_share: float = 0.95
+    climb: float = 0.25
+    trials: tuple[float, ...] = ()
+    refine: float = 0.15
 
 
 # Many rows at once cost about as much as one, unless the model is slow. One by one, each counts.
-_THOROUGH = Effort(3, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 256, trial_shares=(0.5, 0.8))
-_SLOW = Effort(0, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 64, climb_share=0.6)
-_ONE_BY_ONE = Effort(0, (1.0, 0.2, 0.01), 4, 8)
+_THOROUGH = Effort(3, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 256, trials=(0.25, 0.3))
+_SLOW = Effort(0, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 64, climb=0.6, refine=0.35)
+_WIDE = Effort(0, (), 0, 64, trials=(0.4, 0.4))  # no ascents where a matrix can not be afforded
+_ONE_BY_ONE = Effort(0, (1.0, 0.2, 0.01), 4, 8, refine=0.7)
 
 
 class Allowance:
@@ -85,16 +86,17 @@ def find_gaussian(
     their ends. Both are refined by natural gradients, as a mode in the neck of a funnel can be far from the best
     Gaussian, and the better one by more if it has not stalled. Each choice is by ELBO on common draws.
 
-    For more latents than ``LARGEST_DENSE``, where a matrix can not be afforded, there are no ascents, and the
-    Gaussian has independent entries. A density that changes from call to call, that of a model with randomly
-    subsampled plates, is not searched at all: N(init_loc, init_scale^2 I) is returned.
+    For more latents than ``LARGEST_DENSE``, where a matrix can not be afforded, there are no ascents: the second
+    rival is at 0 in unconstrained space, and the Gaussian has independent entries. A density that changes from call
+    to call, that of a model with randomly subsampled plates, is not searched at all: N(init_loc, init_scale^2 I) is
+    returned.
 
     Args:
         density: of the model.
         init_loc: where the guide would start by itself. Shape: (D,).
         init_scale: its standard deviation there.
-        seconds: how long it may take; None for no limit.
-        num_runs: how many model runs it may take, draws at once counted as one; None for no limit.
+        seconds: how long it should take, and nearly three times that while ascents still rise; None for no limit.
+        num_runs: the same in model runs, draws at once counted as one.
 
     Returns:
         The Gaussian, in float64; a ``DiagonalGaussian`` for many latents.
@@ -113,23 +115,27 @@ def find_gaussian(
         return density.value_and_score(latents.to(init_loc))
 
     allowance = Allowance(density, seconds, num_runs)
-    effort = _effort(start, evaluate, allowance) if density.nesting is not None else _ONE_BY_ONE
-    num_draws = min(max(64, 4 * len(loc)), 256) if density.nesting is not None else 8
+    at_once = density.nesting is not None
+    effort = (_THOROUGH if at_once else _ONE_BY_ONE) if dense else _WIDE
+    if seconds is not None and effort is _THOROUGH:
+        effort = _effort(start, evaluate, allowance)
+    num_draws = (min(max(64, 4 * len(loc)), 256) if dense else 64) if at_once else 8
 
     def raise_elbo(gaussian: Gaussian, share: float) -> Gaussian:
-        improve = refine if dense else refine_diagonal
+        improve, end = refine if dense else refine_diagonal, allowance.spent + share
         return improve(
             gaussian,
             evaluate,
             num_draws=num_draws,
-            may_go_on=lambda step: step < _MAX_REFINEMENTS and allowance.spent < share,
+            may_go_on=lambda step: step < _MAX_REFINEMENTS and allowance.spent < end,
         )
 
-    spacing = None if density.nesting is None else torch.finfo(init_loc.dtype).eps ** (1 / 3)  # best for differences
-    rivals = [start, _ascend(start, evaluate, allowance, effort, spacing)] if dense else [start]
-    rivals += [raise_elbo(rival, share) for rival, share in zip(rivals[::-1], effort.trial_shares, strict=False)]
+    spacing = torch.finfo(init_loc.dtype).eps ** (1 / 3) if at_once else None  # the best for central differences
+    other = _ascend(start, evaluate, allowance, effort, spacing) if dense else DiagonalGaussian(0 * loc, scale)
+    rivals = [start, other]
+    rivals += [raise_elbo(rival, share) for rival, share in zip(rivals[::-1], effort.trials, strict=False)]
     chosen = _best(rivals, evaluate, effort.num_scored)
-    return _best([chosen, raise_elbo(chosen, effort.refine_share)], evaluate, effort.num_scored)
+    return _best([chosen, raise_elbo(chosen, effort.refine)], evaluate, effort.num_scored)
 
 
 def _effort(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance) -> Effort:
@@ -137,7 +143,7 @@ def _effort(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance) -> E
     before = allowance.spent
     rows = (1 + _THOROUGH.num_random_starts) * (len(_THOROUGH.steps) + _THOROUGH.num_draws)
     evaluate(start.draws(torch.randn(rows, len(start.loc)).to(start.loc)))
-    return _THOROUGH if allowance.spent < before + _THOROUGH.climb_share / _MANY else _SLOW
+    return _THOROUGH if allowance.spent < before + _THOROUGH.climb / _MANY else _SLOW
 
 
 def _ascend(
@@ -148,10 +154,8 @@ def _ascend(
 
     def may_go_on(iteration: int, elbo: float) -> bool:
         history.append(elbo)
-        rises = len(history) < 6 or elbo > history[-6] + 1
-        late = allowance.spent > effort.climb_share
-        overdraws = effort is _SLOW and rises and allowance.spent < _OVERDRAFT
-        return iteration < _MAX_ITERATIONS and (overdraws or not late)
+        rises = elbo > history[-6:][0] + 1
+        return iteration < _MAX_ITERATIONS and allowance.spent < (_OVERDRAFT if rises else effort.climb)
 
     paths = climb(
         _starts(start.loc, effort.num_random_starts),
@@ -169,6 +173,7 @@ def _ascend(
 
 def _starts(loc: Tensor, num_random: int) -> Tensor:
     random = (2 * torch.rand(num_random, len(loc), dtype=loc.dtype, device=loc.device) - 1) * _RADIUS
+    random[:1] = 0.0  # a place of its own: where positive latents are 1, and others in the middle of their range
     return torch.cat([loc[None], random])
 
 

@@ -34,7 +34,7 @@ def run_nuts(target: Target, args: Args, *, seed: int, limit: float) -> tuple[Dr
     chains, divergences = [], 0
     for index in range(NUM_CHAINS):
         left = limit - (time.perf_counter() - start)
-        draws, diverged = _chain(target, args, (_SAMPLES, _WARMUP), seed=NUM_CHAINS * seed + index, limit=left)
+        draws, diverged = draw_chain(target, args, (_SAMPLES, _WARMUP), seed=NUM_CHAINS * seed + index, limit=left)
         chains.append(draws)
         divergences += diverged
     stacked = {name: torch.stack([chain[name] for chain in chains]) for name in chains[0]}
@@ -55,7 +55,7 @@ def store_reference_chain(target: Target, args: Args, *, index: int, limit: floa
     """One long chain of NUTS, 1500 draws of warm-up and 2500 kept, written to the folder of references."""
     start = time.perf_counter()
     lengths = (_REFERENCE_SAMPLES, _REFERENCE_WARMUP)
-    draws, divergences = _chain(target, args, lengths, seed=1000 + index, limit=limit)
+    draws, divergences = draw_chain(target, args, lengths, seed=1000 + index, limit=limit)
     notes = {"seconds_used": time.perf_counter() - start, "divergences": divergences}
     folder = CHAINS / target.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,8 +87,8 @@ def mixing(draws: Draws) -> dict[str, float]:
     }
 
 
-def _chain(target: Target, args: Args, lengths: tuple[int, int], *, seed: int, limit: float) -> tuple[Draws, int]:
-    """Draws by site and the number that diverged; compiled where torch.jit can trace the model."""
+def draw_chain(target: Target, args: Args, lengths: tuple[int, int], *, seed: int, limit: float) -> tuple[Draws, int]:
+    """One chain: draws by site and the number that diverged; compiled where torch.jit can trace the model."""
     end = time.perf_counter() + limit
 
     def watch(kernel: Any, samples: Any, stage: str, index: int) -> None:

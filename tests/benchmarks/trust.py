@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from hierarchical import hierarchical
-from pyro.infer import MCMC, NUTS
+from guide_run import all_targets
+from samplers import draw_chain
+from scoring import errors
 from synthetic import synthetic
+from targets import Draws, Target, fresh_start
 from torch import Tensor
 
 from pyro_affine import AutoRealNVP, fit_guide, psis
@@ -28,19 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
 import eight_schools  # noqa: E402
 
-Draws = dict[str, Tensor]
-Case = tuple[Callable[..., Any], tuple[Any, ...], Callable[[], Draws]]
-
-
-def nuts(model: Callable[..., Any], args: tuple[Any, ...], num_samples: int) -> Draws:
-    """Draws of four chains, one after the other."""
-    chains = []
-    for seed in range(4):
-        pyro.set_rng_seed(seed)
-        mcmc = MCMC(NUTS(model), num_samples=num_samples, warmup_steps=num_samples // 2, disable_progbar=True)
-        mcmc.run(*args)
-        chains.append(mcmc.get_samples())
-    return {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
+_SCHOOLS = (eight_schools.EFFECTS.double(), eight_schools.ERRORS.double())
+_CHAINS, _WARMUP, _SAMPLES = 4, 1000, 2500
 
 
 def non_centred_schools() -> None:
@@ -48,44 +40,37 @@ def non_centred_schools() -> None:
     mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("school", 8):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample(
-            "effect", dist.Normal(mu + tau * z, eight_schools.ERRORS.double()), obs=eight_schools.EFFECTS.double()
-        )
+        pyro.sample("effect", dist.Normal(mu + tau * z, _SCHOOLS[1]), obs=_SCHOOLS[0])
 
 
-def schools_reference() -> Draws:
-    draws = nuts(non_centred_schools, (), 2000)
-    draws["theta"] = draws["mu"][:, None] + draws["tau"][:, None] * draws.pop("z")
-    return draws
+def nuts(target: Target) -> tuple[Draws, float]:
+    """Draws of four chains of NUTS, one after the other, and the seconds they took."""
+    start = time.perf_counter()
+    chains = [
+        draw_chain(target, target.load_args(), (_SAMPLES, _WARMUP), seed=seed, limit=3600.0)[0]
+        for seed in range(_CHAINS)
+    ]
+    draws = {name: torch.cat([chain[name] for chain in chains]) for name in chains[0]}
+    return target.from_chains(draws), time.perf_counter() - start
 
 
-def cases() -> dict[str, Case]:
-    """Model, arguments and reference of each case."""
-    schools = (eight_schools.EFFECTS.double(), eight_schools.ERRORS.double())
-    found: dict[str, Case] = {"eight schools, centred": (eight_schools.model, schools, schools_reference)}
-    for target in hierarchical():
-        if target.name == "rats":
-            args = target.load_args()
-            found["rats, 65 latents"] = (target.model, args, lambda m=target.model, a=args: nuts(m, a, 1000))
-    funnel = next(target for target in synthetic() if target.name == "funnel_10")
-    assert funnel.draw_exactly is not None
-    found["funnel, 10 dimensions"] = (funnel.model, (), lambda f=funnel: f.draw_exactly(100_000))
-    return found
+def _centred(draws: Draws) -> Draws:
+    theta = draws["mu"][:, None] + draws["tau"][:, None] * draws["z"]
+    return {"mu": draws["mu"], "tau": draws["tau"], "theta": theta}
 
 
-def moments(draws: Draws, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Means and standard deviations of all entries, laid side by side."""
-    columns = torch.cat([value.reshape(len(value), -1).double() for value in draws.values()], 1)
-    weights = torch.full((len(columns),), 1 / len(columns)).double() if weights is None else weights
-    mean = weights @ columns
-    return mean, (weights @ (columns - mean).square()).sqrt()
-
-
-def error(draws: Draws, reference: Draws, weights: Tensor | None = None) -> str:
-    """Largest error of a mean, in posterior sds, and of a log sd."""
-    mean, sd = moments({name: draws[name] for name in reference}, weights)
-    true_mean, true_sd = moments(reference)
-    return f"{((mean - true_mean) / true_sd).abs().max():.2f}, {(sd / true_sd).log().abs().max():.2f}"
+def cases() -> dict[str, tuple[Target, Target | None]]:
+    """The target of each case, and the one that NUTS runs on; None where there are exact draws."""
+    schools = Target("schools", "posterior", eight_schools.model, "funnel", load_args=lambda: _SCHOOLS)
+    followed = Target("schools, non-centred", "posterior", non_centred_schools, "", from_chains=_centred)
+    found: dict[str, tuple[Target, Target | None]] = {"eight schools, centred": (schools, followed)}
+    targets = all_targets()
+    if "rats" in targets:
+        found["rats, 65 latents"] = (targets["rats"], targets["rats"])
+    else:
+        print("Left out: the rats, whose data are read from beside the repository", file=sys.stderr)
+    (funnel,) = (target for target in synthetic() if target.name == "funnel_10")
+    return found | {"funnel, 10 dimensions": (replace(funnel, heavy=True), None)}
 
 
 def main() -> None:
@@ -94,24 +79,34 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "trust")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    print("| posterior | steps | ELBO | k-hat (good below) | ESS % | error of mean, log sd: raw | after PSIS |")
-    print("|---|---|---|---|---|---|---|")
-    for name, (model, args, make_reference) in cases().items():
-        pyro.clear_param_store()
-        guide = AutoRealNVP(model)
-        fit = fit_guide(model, guide, args, seconds=options.seconds, seed=0, progress=False)
-        result = psis(model, guide, *args, num_draws=10_000, seed=1, progress=False)
-        reference = make_reference()
-        weights = result.smoothed_log_weights.exp()
-        cells = [name, fit.num_steps, f"{result.elbo:.2f}", f"{result.khat:.2f} ({result.threshold:.2f})"]
-        cells += [f"{100 * result.ess / result.num_draws:.0f}", error(result.draws, reference)]
-        print(f"| {' | '.join(map(str, [*cells, error(result.draws, reference, weights)]))} |", flush=True)
+    print(
+        "| posterior | seconds | ELBO | k-hat (good below) | ESS % | error of mean, log sd: raw | after PSIS | NUTS |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for name, (target, followed) in cases().items():
+        fresh_start(0, torch.float64)
+        args, start = target.load_args(), time.perf_counter()
+        guide = AutoRealNVP(target.model)
+        fit_guide(target.model, guide, args, seconds=options.seconds, seed=0, progress=False)
+        seconds = time.perf_counter() - start
+        result = psis(target.model, guide, *args, num_draws=10_000, seed=1, progress=False)
+        reference, nuts_seconds = (target.reference() or {}, 0.0) if followed is None else nuts(followed)
+        weights = [torch.full((10_000,), 1e-4, dtype=torch.float64), result.smoothed_log_weights.exp()]
+        found = [_error(target, args, result.draws, reference, each) for each in weights]
+        cells = [name, f"{seconds:.0f}", f"{result.elbo:.2f}", f"{result.khat:.2f} ({result.threshold:.2f})"]
+        cells += [f"{100 * result.ess / result.num_draws:.0f}", *found]
+        print(f"| {' | '.join([*cells, f'{nuts_seconds:.0f} s' if nuts_seconds else 'exact draws'])} |", flush=True)
+        print(f"  {result.verdict}", file=sys.stderr)
         slug = name.split(",")[0].replace(" ", "_")
         plot_pairs(result.resample(4000, seed=2), reference, path=options.output / f"{slug}_pairs.png")
         plot_weights(result, path=options.output / f"{slug}_weights.png")
     print(f"pictures: {options.output}")
+
+
+def _error(target: Target, args: tuple[Any, ...], draws: Draws, reference: Draws, weights: Tensor) -> str:
+    """Largest error of a mean and of a log sd, in posterior sds, constrained or not; quantiles for the funnel."""
+    found = errors(draws, weights, reference, target.supports(args), heavy=target.heavy)
+    return f"{found['mean']:.2f}, {found['sd']:.2f}"
 
 
 if __name__ == "__main__":
