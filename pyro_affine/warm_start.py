@@ -45,7 +45,7 @@ class Effort:
 
 
 # Many rows at once cost about as much as one, unless the model is slow. One by one, each counts.
-_THOROUGH = Effort(3, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 256, trials=(0.25, 0.3))
+_THOROUGH = Effort(7, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 256, trials=(0.25, 0.3))
 _SLOW = Effort(0, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 64, climb=0.6, refine=0.35)
 _WIDE = Effort(0, (), 0, 64, trials=(0.4, 0.4))  # no ascents where a matrix can not be afforded
 _ONE_BY_ONE = Effort(0, (1.0, 0.2, 0.01), 4, 8, refine=0.7)
