@@ -15,7 +15,7 @@ QUIET := $(shell test -t 2 || echo -qq)
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONHASHSEED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format coverage bench-trust bench-roundtrip bench-guides clean
+.PHONY: help demo test lint format coverage bench-trust bench-roundtrip bench-guides bench-density bench-speed bench-memory bench-images bench-amortised bench-step clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,24 @@ bench-guides: $(STAMP)  ## measure guides on posteriors beside Pyro's and NUTS, 
 
 bench-trust: $(STAMP)  ## check the verdict on three posteriors beside long NUTS runs, about 15 minutes
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/trust.py
+
+bench-density: $(STAMP)  ## measure densities of real tables beside other libraries, hours; ARGS="--seeds 1" for less
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/density.py $(ARGS)
+
+bench-speed: $(STAMP)  ## measure steps, scores and draws beside other libraries and the networks alone
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/speed.py $(ARGS)
+
+bench-memory: $(STAMP)  ## measure peak memory and time of the three memory modes
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/memory.py $(ARGS)
+
+bench-step: $(STAMP)  ## measure one training step of guides, ours and Pyro's
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/guide_step.py $(ARGS)
+
+bench-images: $(STAMP)  ## measure image flows on small digits beside other libraries
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/images.py $(ARGS)
+
+bench-amortised: $(STAMP)  ## measure amortised posteriors beside exact draws
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/amortised.py $(ARGS)
 
 clean:  ## remove the environment and all that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov

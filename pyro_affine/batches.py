@@ -51,7 +51,8 @@ class RowCheck:
                 f"flow must be a Module with log_prob and parameters, got {type(flow).__name__}; wrap a transform in "
                 "NormalizingFlow(transform, event_shape)"
             )
-        return cls(getattr(flow, "event_shape", None), tensors[0].dtype)
+        event_shape = getattr(flow, "data_shape", None) or getattr(flow, "event_shape", None)
+        return cls(event_shape, tensors[0].dtype)
 
     def __call__(self, value: Any, context: Any = None, *, name: str = "data") -> Rows:
         """The rows as tensors.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from torch.distributions.transforms import _InverseTransform
 from torch.distributions.utils import _sum_rightmost
 
 from pyro_affine.foreign import Foreign
+from pyro_affine.fused import Entry, Plan, can_fuse
+from pyro_affine.memory import Memory, Step, require_memory, run_steps, saves_memory
 from pyro_affine.transform import FlowTransform, _require_finite
 
 
@@ -56,6 +58,10 @@ class ComposeFlow(FlowTransform):
         parts: transforms from the base side to the data side, at least one.
         cache_size: 1 (default) or 0 for no cache.
         guard: raise at the first part whose value is not finite, naming it.
+        memory: what is kept for the backward pass, with the same gradients. ``"full"``: all activations.
+            ``"checkpoint"``: the input of each part, which then runs twice. ``"invertible"``: only what goes in and
+            comes out, and the rest is computed by inversion; first derivatives only, see ``run_steps`` in ``memory``.
+            It holds for chains within the chain too, and can be set later: ``flow.memory = "invertible"``.
 
     Raises:
         ValueError: for an empty chain, a part that is no bijective transform, or parts that do not fit together.
@@ -67,14 +73,19 @@ class ComposeFlow(FlowTransform):
     """
 
     parts: Any  # an nn.ModuleList of FlowTransforms
+    memory: Memory = "full"
+    _keeps_shape = False  # whether all parts take and make events of the shape of the chain's
 
-    def __init__(self, parts: Iterable[Any], *, cache_size: int = 1, guard: bool = False) -> None:
+    def __init__(
+        self, parts: Iterable[Any], *, cache_size: int = 1, guard: bool = False, memory: Memory = "full"
+    ) -> None:
         wrapped = [as_flow(part) for part in parts]
         if not wrapped:
             raise ValueError("ComposeFlow needs at least one part, got none; for the identity use a Permutation")
         super().__init__(_event_shape(wrapped), cache_size=cache_size)
         self.parts = nn.ModuleList(wrapped)
-        self.guard = guard
+        require_memory(memory)
+        self.guard, self.memory = guard, memory
         self.batch_shape = torch.broadcast_shapes(*(part.batch_shape for part in wrapped))
         chain = ComposeTransform([*wrapped])
         self._domain: constraints.Constraint = chain.domain
@@ -82,6 +93,7 @@ class ComposeFlow(FlowTransform):
         self._extra_dims = list(_extra_dims(wrapped, chain.domain.event_dim))
         if self.event_shape is not None:
             self.forward_shape(self.event_shape)
+            self._keeps_shape = all(_keeps(part, self.event_shape) for part in wrapped)
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -100,7 +112,9 @@ class ComposeFlow(FlowTransform):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x, log_dets = self._widen(x, self.domain), []
-        for index, (part, extra_dims) in enumerate(zip(self.parts, self._extra_dims, strict=True)):
+        if saves_memory(self.memory):
+            return run_steps(list(self._steps(is_forward=True)), x, self.memory)
+        for index, part, extra_dims in self._entries(x):
             x, log_det = part._forward(x)
             log_dets.append(_sum_rightmost(log_det, extra_dims) if extra_dims else log_det)
             if self.guard or part.guard:
@@ -109,13 +123,43 @@ class ComposeFlow(FlowTransform):
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         y, log_dets = self._widen(y, self.codomain), []
-        for index in reversed(range(len(self.parts))):
-            part, extra_dims = self.parts[index], self._extra_dims[index]
+        if saves_memory(self.memory):
+            return run_steps(list(self._steps(is_forward=False))[::-1], y, self.memory)
+        for index, part, extra_dims in reversed(self._entries(y)):
             y, log_det = part._backward(y)
             log_dets.append(_sum_rightmost(log_det, extra_dims) if extra_dims else log_det)
             if self.guard or part.guard:
                 _require_finite(y, f"the inverse of part {index}, {type(part).__name__},")
         return y, _total(log_dets)
+
+    def _entries(self, value: Tensor) -> Sequence[Entry]:
+        """What runs in turn: the parts, or fewer pieces, in which the layers of nested chains are fused."""
+        if self.guard or not can_fuse(value):
+            return [
+                (index, part, dims) for index, (part, dims) in enumerate(zip(self.parts, self._extra_dims, strict=True))
+            ]
+        plan: Plan | None = self.__dict__.get("_plan")
+        if plan is None or not plan.holds():
+            plan = self.__dict__["_plan"] = Plan(self, list(self._leaves(0)))
+        return plan.entries
+
+    def _leaves(self, dims: int) -> Iterator[Entry]:
+        for index, (part, extra) in enumerate(zip(self.parts, self._extra_dims, strict=True)):
+            inside = list(part._leaves(dims + extra)) if type(part) is ComposeFlow and part.memory == "full" else []
+            if inside and not (part.guard or any(leaf.guard for _, leaf, _ in inside)):
+                yield from inside
+            else:
+                yield index, part, dims + extra
+
+    def _steps(self, dims: int = 0, *, is_forward: bool, guard: bool = False) -> Iterator[Step]:
+        """The layers of this and nested chains, base side first, with the names that guards give them."""
+        guard, which = guard or self.guard, "part" if is_forward else "the inverse of part"
+        for index, (part, extra) in enumerate(zip(self.parts, self._extra_dims, strict=True)):
+            if type(part) is ComposeFlow:
+                yield from part._steps(dims + extra, is_forward=is_forward, guard=guard)
+            else:
+                name = f"{which} {index}, {type(part).__name__},"
+                yield Step(part, dims + extra, is_forward, name if guard or part.guard else "")
 
     def _widen(self, value: Tensor, constraint: constraints.Constraint) -> Tensor:
         """Bring in the batch of the context, which Pyro's conditioned transforms do not do themselves."""
@@ -126,12 +170,12 @@ class ComposeFlow(FlowTransform):
 
     def forward_shape(self, shape: Size) -> Size:
         shape = super().forward_shape(shape)
-        for part in self.parts:
+        for part in () if self._keeps_shape else self.parts:
             shape = part.forward_shape(shape)
         return shape
 
     def inverse_shape(self, shape: Size) -> Size:
-        for part in reversed(self.parts):
+        for part in () if self._keeps_shape else reversed(self.parts):
             shape = part.inverse_shape(shape)
         return super().forward_shape(shape)
 
@@ -143,7 +187,7 @@ class ConditionalComposeFlow(ConditionalTransformModule):
 
     Args:
         parts: conditional and unconditional transforms, base side first.
-        cache_size, guard: as in ``ComposeFlow``.
+        cache_size, guard, memory: as in ``ComposeFlow``.
 
     >>> from pyro_affine.coupling import conditional_affine_coupling
     >>> chain = ConditionalComposeFlow([conditional_affine_coupling(4, context_dim=2)])
@@ -151,10 +195,13 @@ class ConditionalComposeFlow(ConditionalTransformModule):
     torch.Size([7])
     """
 
-    def __init__(self, parts: Iterable[Any], *, cache_size: int = 1, guard: bool = False) -> None:
+    def __init__(
+        self, parts: Iterable[Any], *, cache_size: int = 1, guard: bool = False, memory: Memory = "full"
+    ) -> None:
         super().__init__()
+        require_memory(memory)
         self.parts = nn.ModuleList(_as_conditional(part) for part in parts)
-        self._options: dict[str, Any] = {"cache_size": cache_size, "guard": guard}
+        self._options: dict[str, Any] = {"cache_size": cache_size, "guard": guard, "memory": memory}
 
     @property
     def codomain(self) -> constraints.Constraint:
@@ -202,6 +249,11 @@ def _event_shape(parts: list[FlowTransform]) -> Size | None:
                 shape = before.inverse_shape(shape)
             return shape
     return None
+
+
+def _keeps(part: FlowTransform, event_shape: Size) -> bool:
+    kept = part.forward_shape(event_shape)
+    return part.event_shape == event_shape and kept[len(kept) - len(event_shape) :] == event_shape
 
 
 def _extra_dims(parts: list[FlowTransform], event_dim: int) -> Iterator[int]:

@@ -118,13 +118,13 @@ class AffineCoupling(FlowTransform):
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept, moved = self.partition.split(x)
         shift, log_scale = self._affine(kept)
-        moved = moved * log_scale.exp() + shift
+        moved = torch.addcmul(shift, moved, log_scale.exp())
         return self.partition.merge(kept, moved), log_scale.sum(-1).expand(moved.shape[:-1])
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         kept, moved = self.partition.split(y)
         shift, log_scale = self._affine(kept)  # kept entries are equal in x and y, so is the pair
-        moved = (moved - shift) * (-log_scale).exp()
+        moved = (moved - shift) / log_scale.exp()
         return self.partition.merge(kept, moved), log_scale.sum(-1).expand(moved.shape[:-1])
 
 

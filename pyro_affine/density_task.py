@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pyro_affine.actnorm import initialize_actnorms
 from pyro_affine.batches import Rows
 
 _CHUNK = 4096  # rows scored at once, without gradients
@@ -133,7 +134,7 @@ def layers(flow: nn.Module, context: Tensor | None = None) -> list[tuple[str, An
     """The layers of a flow and where they are in it, base side first; empty if it has no chain of parts.
 
     >>> from pyro_affine import NormalizingFlow, real_nvp
-    >>> [name for name, _ in layers(NormalizingFlow(real_nvp(2, num_layers=2), 2))]
+    >>> [name for name, _ in layers(NormalizingFlow(real_nvp(2, num_layers=2), 2, curves=0, whiten=False))]
     ['chain.parts[0].parts[0]', 'chain.parts[0].parts[1]', 'chain.parts[1]']
     """
     for name in ("chain", "transform"):
@@ -153,9 +154,15 @@ def _leaves(name: str, part: Any) -> list[tuple[str, Any]]:
 
 @torch.no_grad()
 def initialize_layers(flow: nn.Module, rows: Rows) -> None:
-    """Give each layer that has ``initialize`` and is not ``initialized`` yet the rows as they arrive at it."""
+    """Give each layer that has ``initialize`` and is not ``initialized`` yet the rows as they arrive at it.
+
+    Of the layers within others, such as those of a ``MultiScale``, only each ``ActNorm`` is reached.
+    """
     y = rows.value
     for _, layer in reversed(layers(flow, rows.context)):
-        if hasattr(layer, "initialize") and not layer.initialized:
+        if not hasattr(layer, "initialize"):
+            y = initialize_actnorms(layer, y)
+            continue
+        if not layer.initialized:
             layer.initialize(y)
         y, _ = layer._backward(y)

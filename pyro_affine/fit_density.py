@@ -18,7 +18,7 @@ from pyro_affine.batches import LoaderBatches, RowBatches, RowCheck, Rows
 from pyro_affine.density_task import DensityTask, initialize_layers
 from pyro_affine.fit_result import FitResult
 from pyro_affine.random_state import new_seed, seeded
-from pyro_affine.stopping import Budget, Patience
+from pyro_affine.stopping import Budget, Patience, mean_and_error
 from pyro_affine.task import LoopOptions, OptimizerFactory, make_optimizer
 from pyro_affine.trained_weights import Weights
 from pyro_affine.training import TrainingLoop
@@ -42,7 +42,7 @@ def fit_density(
     num_epochs: int | None = None,
     seconds: float | None = None,
     patience: int = 10,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 5e-3,
     weight_decay: float = 0.0,
     optimizer: OptimizerFactory = torch.optim.AdamW,
     warmup: int = 50,
@@ -59,10 +59,11 @@ def fit_density(
     ``patience`` such scores in a row bring no new best, the fit goes back to the best weights and lets the learning
     rate fall to zero by a cosine, as it does at the latest over the last part of its budget; when patience runs out
     again past the middle of that part, it ends. The averaged, last or best weights are kept, whichever score best on
-    the held-out rows. Gradients are clipped at twice the running median of their norms; steps above ten
-    times it, or not finite, are left out.
+    the held-out rows, or those from before the first step, which make a new flow the Gaussian copula of the data, if
+    training improved on that by less than a standard error. Gradients are clipped at twice the running median of their
+    norms; steps above ten times it, or not finite, are left out.
 
-    Before the first step the flow stores mean and standard deviation of the data, if it has a method
+    Before the first step the flow stores the units of the data, if it has a method ``fit_units(rows)`` or
     ``standardize(rows)``; log-densities stay those of the data as given. Layers with a method ``initialize(rows)``
     and a flag ``initialized`` that is not set get the first 512 rows as they arrive at their data side.
 
@@ -110,20 +111,38 @@ def fit_density(
     """
     with seeded(seed), _in_training(flow):
         batches, held_out = _split(data, context, validation, batch_size=batch_size, seed=seed, check=RowCheck.of(flow))
-        _prepare_layers(flow, batches, standardize)
         steps = _num_steps(num_steps, num_epochs, seconds, batches.per_epoch)
-        interval = _interval(batches.per_epoch or 0, steps)
-        shape = tuple(data.shape) if isinstance(data, Tensor | np.ndarray) else "of a loader"
-        arguments = {"rows": shape, "batch_size": batch_size, "seed": seed, "standardize": standardize}
+        budget = Budget(steps, seconds, decay=decay)
+        _prepare_layers(flow, batches, store := standardize and not getattr(flow, "standardized", False))
+        arguments = {"rows": _shape(data), "batch_size": batch_size, "seed": seed, "standardize": standardize}
         task = DensityTask(flow, batches, held_out, arguments=arguments)
         weights = Weights(task.parameters(), {"": flow})
         rates = {"lr": learning_rate, **({"weight_decay": weight_decay} if weight_decay else {})}
         made = make_optimizer(optimizer, list(weights.parameters.values()), **rates)
-        options = LoopOptions(warmup, interval, checkpoint, every, progress)
-        budget, rule = Budget(steps, seconds, decay=decay), Patience(patience)
-        fit = TrainingLoop(task, weights, made, budget=budget, rule=rule, options=options).run()
+        options = LoopOptions(warmup, _interval(batches.per_epoch or 0, steps), checkpoint, every, progress)
+        start, before = weights.copy(), task.final_scores()
+        fit = TrainingLoop(task, weights, made, budget=budget, rule=Patience(patience), options=options).run()
+        if _no_better(task.final_scores(), before):
+            _keep_start(fit, weights, start, before)
+            _prepare_again(flow, data, store)
         fit.bits_per_dim = task.bits_per_dim(-fit.best)
         return fit
+
+
+def _shape(data: Any) -> str:
+    return str(tuple(data.shape)) if isinstance(data, Tensor | np.ndarray) else "of a loader"
+
+
+def _no_better(scores: Tensor, before: Tensor) -> bool:
+    """Whether the scores are within a standard error of those from before the first step, row by row, or below."""
+    mean, error = mean_and_error(scores - before)
+    return bool(before.isfinite().all()) and not mean > error
+
+
+def _keep_start(fit: FitResult, weights: Weights, start: dict[str, Tensor], before: Tensor) -> None:
+    weights.restore(start)
+    fit.chosen, fit.num_unscored = "start", 0
+    fit.best, fit.best_error = mean_and_error(before)
 
 
 @contextmanager
@@ -182,12 +201,26 @@ def _rows(validation: Any, check: RowCheck) -> Rows:
     return LoaderBatches(validation, check).first(sys.maxsize)
 
 
-def _prepare_layers(flow: nn.Module, batches: RowBatches | LoaderBatches, standardize: bool) -> None:
-    device = next(iter([*flow.parameters(), *flow.buffers()])).device
-    store: Any = getattr(flow, "standardize", None)
-    if standardize and store is not None and not getattr(flow, "standardized", False):
-        store(batches.first(_STATISTICS_ROWS).value.to(device))
-    initialize_layers(flow, batches.first(_INITIAL_ROWS).to(device))
+def _prepare_layers(flow: nn.Module, batches: RowBatches | LoaderBatches, store: bool) -> None:
+    if store:
+        _store_units(flow, batches.first(_STATISTICS_ROWS).value)
+    initialize_layers(flow, batches.first(_INITIAL_ROWS).to(_device(flow)))
+
+
+def _prepare_again(flow: nn.Module, data: Any, store: bool) -> None:
+    """From all rows, as none need be held out where nothing was trained."""
+    if store and isinstance(data, Tensor | np.ndarray):
+        _store_units(flow, torch.as_tensor(data))
+
+
+def _store_units(flow: nn.Module, rows: Tensor) -> None:
+    store: Any = getattr(flow, "fit_units", None) or getattr(flow, "standardize", None)
+    if store is not None:
+        store(rows.to(_device(flow)))
+
+
+def _device(flow: nn.Module) -> torch.device:
+    return next(iter([*flow.parameters(), *flow.buffers()])).device
 
 
 def _interval(per_epoch: int, num_steps: int | None) -> int:

@@ -22,7 +22,12 @@ _REASONS = {
     "interrupted": "was interrupted",
     "non-finite": "failed: losses or gradients stayed non-finite",
 }
-_CHOICES = {"last": "last weights", "average": "averaged weights", "best": "best weights on the way"}
+_CHOICES = {
+    "last": "last weights",
+    "average": "averaged weights",
+    "best": "best weights on the way",
+    "start": "weights from before the first step, as training brought no better ones",
+}
 _HISTORIES = ("losses", "gradient_norms", "times", "validation_losses", "validation_steps")
 
 
@@ -49,7 +54,7 @@ class FitResult:
             of the weights kept; for a guide on draws not used before.
         best_error: its standard error over draws or rows.
         num_unscored: number of draws or rows left out of ``best``, as their score was not finite.
-        chosen: the weights kept: "last", "average" or "best".
+        chosen: the weights kept: "last", "average" or "best"; "start" if training improved on none.
         bits_per_dim: for events of three dimensions (images), ``-best / (number of entries * log 2)``, of the
             data as given: for bytes scaled to [0, 1], add 8.
 

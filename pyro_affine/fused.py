@@ -1,63 +1,99 @@
 """A run of layers as one node of autograd's graph: value, log-determinant and score in one hand-written pass.
 
-For small batches most of the time of a flow goes into the bookkeeping of autograd and of Modules, layer by layer.
-Each step below is a layer's forward pass, with the score carried along as in ``gradients``, and its backward pass,
-on plain tensors. ``push_score`` in ``gradients`` uses it where it can; it gives the same as the layers themselves.
+For small batches most of the time of a flow goes into the bookkeeping of autograd and of Modules, layer by layer. A run
+takes the steps of its layers, formulas on plain tensors, and carries the two halves of the rows apart as long as the
+layers cut them alike. It gives the same as the layers themselves, which are asked where a pass can not know the answer:
+for second derivatives. Chains use it, and ``push_score`` in ``gradients``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.autograd import forward_ad
 
-from pyro_affine.conditioners import MLP
 from pyro_affine.coupling import AffineCoupling
-from pyro_affine.linear import LowerTriangularAffine, Permutation
-from pyro_affine.scales import AtanScale
+from pyro_affine.coupling_step import coupling_step
+from pyro_affine.layer_steps import PermutationStep, StandardizationStep, TailStep, TriangularStep, WhiteningStep
+from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
+from pyro_affine.steps import Made, Step, Wanted, hooks_of
 from pyro_affine.tails import LOFT
 from pyro_affine.transform import FlowTransform
 from pyro_affine.whitening import Whitening
 
-# Entry by entry, so that a derivative has the shape of the value.
-_ELEMENTWISE = (nn.SiLU, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Mish, nn.SELU)
-_ELEMENTWISE_SCALES = "pyro_affine.scales"  # the file whose scale maps are all elementwise
-
-
-class Step(Protocol):
-    """A layer on rows of D entries. The step belongs to one pass: it keeps what its backward pass needs."""
-
-    parameters: Sequence[Tensor]
-
-    def forward(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """y, log|det dy/dx| (None for 0), and the score at y."""
-
-    def backward(self, grad: Tensor, grad_log_det: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
-        """Gradient of x, and gradients of the parameters in turn."""
+_STEPS: dict[type, Callable[[Any], Any]] = {
+    AffineCoupling: coupling_step,
+    Permutation: PermutationStep,
+    LOFT: TailStep,
+    LowerTriangularAffine: TriangularStep,
+    Standardization: StandardizationStep,
+    Whitening: WhiteningStep,
+}
 
 
 def step_of(layer: FlowTransform) -> Step | None:
     """The step of a layer; None for a layer that has none and must run as it is.
 
-    >>> step_of(Permutation(torch.tensor([1, 0]))).forward(torch.ones(1, 2), torch.zeros(1, 2))[0]
-    tensor([[1., 1.]])
+    >>> step_of(Permutation(torch.tensor([1, 0]))).forward(torch.tensor([[1.0, 2.0]]), []).value
+    tensor([[2., 1.]])
     """
-    make = _STEPS.get(type(layer))
-    if make is None or layer.guard or len(layer.event_shape or ()) != 1 or _is_hooked(layer):
+    if type(layer) not in _STEPS or layer.guard or len(layer.event_shape or ()) != 1:
         return None
-    step: Step | None = make(layer)
+    if layer.__dict__.get("context") is not None:
+        return None
+    known = layer.__dict__.get("_step")
+    if known is None or not known[0].holds():
+        sketch = Sketch([layer])
+        known = layer.__dict__["_step"] = (sketch, None if sketch.is_hooked() else _STEPS[type(layer)](layer))
+    step: Step | None = known[1]
     return step
+
+
+def can_fuse(x: Tensor) -> bool:
+    """Whether a hand-written pass may run: on plain tensors, with nothing that must see each operation."""
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+        return False
+    watched = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+    return not (watched or forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type))
+
+
+class Sketch:
+    """What modules there are below some layers, to notice one that was exchanged, parametrised or given a hook."""
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self.modules = [module for layer in layers for module in layer.modules()]
+        self.types = [*map(type, self.modules)]
+        self.tables = [module._modules for module in self.modules if module._modules]
+        self.children = [[*table.values()] for table in self.tables]
+        self.hooks = [table for module in self.modules for table in hooks_of(module)]
+        self.flows = [module for module in self.modules if isinstance(module, FlowTransform)]
+        self.chains: list[Any] = [flow for flow in self.flows if hasattr(flow, "memory")]
+        self.options = self._options()
+
+    def is_hooked(self) -> bool:
+        """Whether one of them has a hook, which only a call of it would run."""
+        return any(self.hooks)
+
+    def holds(self) -> bool:
+        """Whether all is as it was, without hooks."""
+        if self.is_hooked() or [*map(type, self.modules)] != self.types:
+            return False
+        unchanged = [[*table.values()] for table in self.tables] == self.children
+        return unchanged and self._options() == self.options
+
+    def _options(self) -> list[Any]:
+        return [*(flow.guard for flow in self.flows), *(chain.memory for chain in self.chains)]
 
 
 def fused_pass(steps: Sequence[Step], x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run layers forward and carry the score along.
 
     Args:
-        steps: of the layers, base side first, made for this pass.
+        steps: of the layers, base side first.
         x: draws. Shape: batch + (D,).
         score: grad_x log q(x), constant in the graph. Shape of x.
 
@@ -68,192 +104,149 @@ def fused_pass(steps: Sequence[Step], x: Tensor, score: Tensor) -> tuple[Tensor,
     >>> fused_pass([swap], torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))[2]
     tensor([4., 3.])
     """
-    parameters = [parameter for step in steps for parameter in step.parameters]
     rows = x.reshape(-1, x.shape[-1])
-    y, log_det, score = _Pass.apply(steps, score.reshape(rows.shape), rows, *parameters)
+    y, log_det, score = _apply(steps, rows, True, score.reshape(rows.shape))
     return y.reshape(x.shape), log_det.reshape(x.shape[:-1]), score.reshape(x.shape)
+
+
+Entry = tuple[int, Any, int]
+"""Which part of the chain, what runs in its place, dimensions of its log-determinant that belong to the event."""
+
+
+class Plan:
+    """What a chain runs, its layers in runs where they can be, as long as nothing is exchanged.
+
+    Args:
+        chain: all of its modules are watched.
+        entries: its layers, base side first.
+    """
+
+    def __init__(self, chain: nn.Module, entries: Sequence[Entry]) -> None:
+        self.entries: list[Entry] = []
+        for has_step, group in groupby(entries, lambda entry: step_of(entry[1]) is not None):
+            parts = list(group)
+            if has_step and any(isinstance(part, AffineCoupling) for _, part, _ in parts):
+                parts = [(parts[0][0], Run([part for _, part, _ in parts]), parts[0][2])]
+            self.entries += parts
+        is_fused = any(isinstance(part, Run) for _, part, _ in self.entries)
+        self.sketch = Sketch([chain]) if is_fused else None
+
+    def holds(self) -> bool:
+        """Whether it still is right; a plan without a run always is."""
+        return self.sketch is None or self.sketch.holds()
+
+
+class Run:
+    """Consecutive layers that have steps, with the two methods of a layer.
+
+    >>> swap = Permutation(torch.tensor([1, 0]))
+    >>> Run([swap])._forward(torch.tensor([1.0, 2.0]))
+    (tensor([2., 1.]), tensor(0.))
+    """
+
+    guard = False
+
+    def __init__(self, layers: Sequence[FlowTransform]) -> None:
+        steps = [step_of(layer) for layer in layers]
+        self.steps = [step for step in steps if step is not None]
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_det, _ = _apply(self.steps, x.reshape(-1, x.shape[-1]), True)
+        return y.reshape(x.shape), log_det.reshape(x.shape[:-1])
+
+    def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, log_det, _ = _apply(self.steps[::-1], y.reshape(-1, y.shape[-1]), False)
+        return x.reshape(y.shape), log_det.reshape(y.shape[:-1])
+
+
+def _apply(steps: Sequence[Step], rows: Tensor, is_forward: bool, score: Tensor | None = None) -> Any:
+    tensors = [step.tensors() for step in steps]
+    if not torch.is_grad_enabled():
+        return _advance(steps, tensors, is_forward, rows, score, None)
+    return _Pass.apply(steps, tensors, is_forward, score, rows, *(tensor for own in tensors for tensor in own))
+
+
+def _advance(
+    steps: Sequence[Step], tensors: Sequence[list[Tensor]], is_forward: bool, rows: Any, score: Any, pulls: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """Through all steps; how gradients come back is added to ``pulls``, if that is a list."""
+    blank, log_dets = rows, []
+    for step, own in zip(steps, tensors, strict=True):
+        rows = _cut(rows, step.cut)
+        made: Made = step.forward(rows, own) if is_forward else step.inverse(rows, own)
+        rows = made.value
+        if made.log_det is not None:
+            log_dets.append(made.log_det)
+        if score is not None and made.push is not None:
+            score = made.push(_cut(score, step.cut))
+        if pulls is not None:
+            pulls.append((step.cut, made.pull, len(own)))
+    return _cut(rows, None), _sum_of(log_dets, blank), None if score is None else _cut(score, None)
+
+
+def _cut(rows: Any, at: int | None) -> Any:
+    """The same rows cut elsewhere, or made whole."""
+    if isinstance(rows, Tensor):
+        return rows if at is None else rows.split_with_sizes((at, rows.shape[-1] - at), -1)
+    return rows if rows[0].shape[-1] == at else _cut(torch.cat(rows, -1), at)
+
+
+def _sum_of(log_dets: list[Tensor], rows: Tensor) -> Tensor:
+    terms = [log_det for log_det in log_dets if log_det.dim() == 2]
+    sums = [log_det for log_det in log_dets if log_det.dim() == 1]
+    if terms:
+        sums.append((torch.cat(terms, -1) if len(terms) > 1 else terms[0]).sum(-1))
+    total = sums[0] if sums else rows.new_zeros(len(rows))
+    for log_det in sums[1:]:
+        total = total + log_det
+    return total
 
 
 class _Pass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, steps: Sequence[Step], score: Tensor, x: Tensor, *parameters: Tensor) -> Any:
+    def forward(
+        ctx: Any, steps: Any, tensors: Any, is_forward: bool, score: Tensor | None, x: Tensor, *flat: Tensor
+    ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.steps, ctx.blank = steps, (x.shape, x.dtype, x.device)
-        ctx.save_for_backward(*parameters)  # backward then refuses parameters that were changed in between
-        x, total = x.view_as(x), x.new_zeros(len(x))
-        for step in steps:
-            x, log_det, score = step.forward(x, score)
-            total = total if log_det is None else total + log_det
-        ctx.mark_non_differentiable(score)
-        return x, total, score
+        ctx.save_for_backward(x, *flat)  # backward then refuses tensors that were changed in between
+        ctx.steps, ctx.is_forward, ctx.pulls = steps, is_forward, []
+        y, log_det, score = _advance(steps, tensors, is_forward, x, score, ctx.pulls)
+        if score is not None:
+            ctx.mark_non_differentiable(score)
+        return y, log_det, score
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_log_det: Tensor | None, _: Tensor | None) -> Any:
-        _ = ctx.saved_tensors
-        if grad is None:
-            shape, dtype, device = ctx.blank
-            grad = torch.zeros(shape, dtype=dtype, device=device)
-        gradients: list[Sequence[Tensor]] = []
-        for step in reversed(ctx.steps):
-            grad, own = step.backward(grad, grad_log_det)
-            gradients.append(own)
-        return None, None, grad, *(gradient for own in reversed(gradients) for gradient in own)
+        x, *flat = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return None, None, None, None, *_differentiated(ctx, x, flat, (grad, grad_log_det))
+        pulls, ctx.pulls = ctx.pulls, None  # free as soon as used, as autograd does; a second pass computes them again
+        if pulls is None:
+            _advance(ctx.steps, _grouped(ctx.steps, flat), ctx.is_forward, x, None, pulls := [])
+        grad_rows: Any = torch.zeros_like(x) if grad is None else grad
+        column = None if grad_log_det is None else grad_log_det[:, None]
+        found: list[Tensor | None] = []
+        while pulls:
+            cut, pull, num_tensors = pulls.pop()
+            wanted = Wanted(bool(pulls) or ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:]))
+            grad_rows, own = pull(_cut(grad_rows, cut), column, wanted)
+            found[:0] = own if own else [None] * num_tensors
+        return None, None, None, None, _cut(grad_rows, None), *found
 
 
-class _CouplingStep:
-    parameters: list[Tensor]  # weight and bias of each linear layer in turn
-
-    def __init__(self, layer: AffineCoupling, linears: list[Any], activations: list[nn.Module]) -> None:
-        self.partition, self.scale_map = layer.partition, layer.scale
-        self.parameters = [tensor for linear in linears for tensor in linear._parameters.values()]
-        self.activations = activations
-
-    def forward(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        kept, self.moved = self.partition.split(x)
-        shift, raw = self._network(kept).split(self.moved.shape[-1], -1)
-        log_scale, self.raw_slope = _value_and_slope(self.scale_map, raw)
-        self.scale = log_scale.exp()
-        y = self.partition.merge(kept, torch.addcmul(shift, self.moved, self.scale))
-        return y, log_scale.sum(-1), self._carry(score)
-
-    def _network(self, kept: Tensor) -> Tensor:
-        self.inputs, self.slopes = [kept], []
-        value = F.linear(kept, *self.parameters[:2])
-        for index, activation in enumerate(self.activations, 1):
-            value, slope = _value_and_slope(activation, value)
-            self.inputs.append(value)
-            self.slopes.append(slope)
-            value = F.linear(value, self.parameters[2 * index], self.parameters[2 * index + 1])
-        return value
-
-    def _carry(self, score: Tensor) -> Tensor:
-        kept, moved = self.partition.split(score)
-        of_shift = moved / self.scale
-        of_raw = torch.addcmul(self.raw_slope, self.raw_slope, self.moved * moved)
-        pulled = torch.cat((of_shift, of_raw), -1)
-        for index in range(len(self.slopes), 0, -1):
-            pulled = (pulled @ self.parameters[2 * index]).mul_(self.slopes[index - 1])
-        return self.partition.merge(torch.addmm(kept, pulled, self.parameters[0], alpha=-1), of_shift)
-
-    def backward(self, grad: Tensor, grad_log_det: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
-        kept, moved = self.partition.split(grad)
-        through = moved * self.scale
-        of_log_scale = through * self.moved
-        if grad_log_det is not None:
-            of_log_scale += grad_log_det[:, None]
-        pulled, gradients = torch.cat((moved, of_log_scale.mul_(self.raw_slope)), -1), []
-        for index in range(len(self.slopes), -1, -1):
-            gradients += [pulled.sum(0), pulled.T @ self.inputs[index]]
-            if index:
-                pulled = (pulled @ self.parameters[2 * index]).mul_(self.slopes[index - 1])
-        return self.partition.merge(torch.addmm(kept, pulled, self.parameters[0]), through), gradients[::-1]
-
-
-class _PermutationStep:
-    def __init__(self, layer: Permutation) -> None:
-        self.order, self.inverse_order, self.parameters = layer.order, layer.inverse_order, ()
-
-    def forward(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        return x.index_select(-1, self.order), None, score.index_select(-1, self.order)
-
-    def backward(self, grad: Tensor, grad_log_det: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
-        return grad.index_select(-1, self.inverse_order), ()
-
-
-class _TailStep:
-    def __init__(self, layer: LOFT) -> None:
-        self.layer, self.parameters = layer, ()
-
-    def forward(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        excess = self.layer._excess(x)
-        self.beyond = x.sign() * (excess > 0)
-        self.inverse_slope = excess + 1
-        y, log_det = self.layer._forward(x)
-        return y, log_det, torch.addcmul(self.beyond, score, self.inverse_slope)
-
-    def backward(self, grad: Tensor, grad_log_det: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
-        if grad_log_det is not None:
-            grad = grad - grad_log_det[:, None] * self.beyond
-        return grad / self.inverse_slope, ()
-
-
-class _TriangularStep:
-    def __init__(self, layer: LowerTriangularAffine) -> None:
-        self.parameters = list(layer._parameters.values())
-        self.loc, self.log_scale, self.below = layer.loc, layer.log_scale, layer.below
-
-    def forward(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        self.x, self.lower, self.scale = x, self.below.tril(-1), self.log_scale.exp()
-        self.mixed = torch.addmm(x, x, self.lower.T)
-        y = torch.addcmul(self.loc, self.mixed, self.scale)
-        solved = torch.linalg.solve_triangular(self.lower, score, upper=False, left=False, unitriangular=True)
-        return y, self.log_scale.sum().expand(len(x)), solved / self.scale
-
-    def backward(self, grad: Tensor, grad_log_det: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
-        scaled = grad * self.scale
-        of_log_scale = (scaled * self.mixed).sum(0)
-        if grad_log_det is not None:
-            of_log_scale += grad_log_det.sum()
-        gradients = {"loc": grad.sum(0), "log_scale": of_log_scale, "below": (scaled.T @ self.x).tril_(-1)}
-        return torch.addmm(scaled, scaled, self.lower), [gradients[name] for name in ("loc", "log_scale", "below")]
-
-
-class _WhiteningStep:
-    def __init__(self, layer: Whitening) -> None:
-        self.layer, self.parameters = layer, ()
-
-    def forward(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        y, log_det = self.layer._forward(x)
-        return y, log_det, torch.linalg.solve_triangular(self.layer.scale_tril, score, upper=False, left=False)
-
-    def backward(self, grad: Tensor, grad_log_det: Tensor | None) -> tuple[Tensor, Sequence[Tensor]]:
-        return grad @ self.layer.scale_tril, ()
-
-
-def _coupling_step(layer: AffineCoupling) -> _CouplingStep | None:
-    """None for a coupling whose network is not an ``MLP`` as it was built."""
-    parts: dict[str, Any] = layer._modules  # past the slow Module.__getattr__
-    conditioner: Any = parts["conditioner"]
-    scale = parts["scale"]
-    if type(parts["conditioner"]) is not MLP or type(scale).__module__ != _ELEMENTWISE_SCALES:
-        return None
-    if conditioner.shift_only or conditioner.context_dim or conditioner._modules.get("raw_network"):
-        return None
-    network = conditioner._modules["network"]
-    later = list(network._modules["layers"]._modules.values())
-    linears, activations = [network._modules["from_kept"], *later[1::2]], later[::2]
-    elementwise = all(type(part) in _ELEMENTWISE and not getattr(part, "inplace", False) for part in activations)
-    linear = all(type(part) is nn.Linear and part._parameters["bias"] is not None for part in linears)
-    hooked = any(map(_is_hooked, (conditioner, network, scale, *linears, *activations)))
-    return _CouplingStep(layer, linears, activations) if elementwise and linear and not hooked else None
-
-
-_STEPS: dict[type, Any] = {
-    AffineCoupling: _coupling_step,
-    Permutation: _PermutationStep,
-    LOFT: _TailStep,
-    LowerTriangularAffine: _TriangularStep,
-    Whitening: _WhiteningStep,
-}
-
-
-def _value_and_slope(function: nn.Module, at: Tensor) -> tuple[Tensor, Tensor]:
-    """An elementwise function and its derivative."""
-    if type(function) is nn.SiLU:
-        gate = at.sigmoid()
-        value = at * gate
-        return value, torch.addcmul(gate, value, 1 - gate)
-    if type(function) is AtanScale:
-        ratio, gain = function.upper / function.lower, math.pi / (2 * function.upper)
-        argument = F.leaky_relu(at * gain, ratio)
-        return F.leaky_relu(argument.atan().div_(gain), 1 / ratio), argument.square().add_(1).reciprocal_()
+def _differentiated(ctx: Any, x: Tensor, flat: list[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients by autograd, through the steps run anew: these can be differentiated again, and mapped over."""
+    create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaf = at.detach().requires_grad_()
-        value = function(leaf)
-        slope = torch.autograd.grad(value.sum(), leaf)[0] if value.requires_grad else torch.zeros_like(at)
-    return value.detach(), slope
+        given = [tensor.view_as(tensor) for tensor in (x, *flat)]  # one each, also of a tensor that two layers share
+        made = _advance(ctx.steps, _grouped(ctx.steps, given[1:]), ctx.is_forward, given[0], None, None)[:2]
+        pairs = [(value, w) for value, w in zip(made, weights, strict=False) if w is not None and value.requires_grad]
+        wanted = [tensor for tensor in given if tensor.requires_grad]
+        outputs, chosen = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(outputs, wanted, chosen, create_graph=create_graph, allow_unused=True))
+    return [next(found) if tensor.requires_grad else None for tensor in given]
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def _grouped(steps: Sequence[Step], flat: list[Tensor]) -> list[list[Tensor]]:
+    left = iter(flat)
+    return [[next(left) for _ in step.tensors()] for step in steps]

@@ -21,6 +21,7 @@ from pyro_affine.linear import LowerTriangularAffine
 from pyro_affine.low_rank import LowRankAffine
 from pyro_affine.random_state import seeded
 from pyro_affine.scales import ScaleMap
+from pyro_affine.student import UncheckedStudentT
 from pyro_affine.support_check import ConstraintMarker, constrained_sites, require_fixed_supports
 from pyro_affine.tails import LOFT
 from pyro_affine.warm_start import LARGEST_DENSE, find_gaussian
@@ -163,7 +164,7 @@ class AutoRealNVP(AutoContinuous):
     def get_base_dist(self) -> dist.TorchDistribution:
         """Standard normal, or Student t, over the D base entries."""
         if self.base == "student":
-            return dist.StudentT(1 + self.raw_df.exp(), self._zeros, self._ones, validate_args=False).to_event(1)  # type: ignore[no-any-return]
+            return UncheckedStudentT(1 + self.raw_df.exp(), self._zeros, self._ones).to_event(1)  # type: ignore[no-any-return]
         return dist.Normal(self._zeros, self._ones, validate_args=False).to_event(1)  # type: ignore[no-any-return]
 
     def get_transform(self, *args: Any, **kwargs: Any) -> ComposeFlow:

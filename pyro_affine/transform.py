@@ -110,7 +110,7 @@ class FlowTransform(TransformModule):
         self._pair = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inv": None, "_pair": None, "_slots": None}
+        return {**self.__dict__, "_inv": None, "_pair": None, "_slots": None, "_step": None, "_plan": None}
 
     def forward_shape(self, shape: Size) -> Size:
         """Shape of y given the shape of x, the transform's batch shape broadcast in."""
@@ -202,9 +202,10 @@ class FlowTransform(TransformModule):
     def _state(self) -> _State:
         """All tensors, whether each is trained, and a copy of what they hold (none in a trace, which freezes them)."""
         tensors = list(self._tensors())
-        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined]
-        flat = [] if tracing else [t.detach().reshape(-1) for t in tensors]
-        return tensors, [t.requires_grad for t in tensors], torch.cat(flat) if flat else None
+        empty = not tensors or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            values = None if empty else torch.cat([tensor.reshape(-1) for tensor in tensors])
+        return tensors, [t.requires_grad for t in tensors], values
 
 
 _Slot = tuple[dict[str, Any], str]

@@ -9,8 +9,10 @@ from pyro.distributions import transforms as pyro_transforms
 from torch import nn
 from torch.distributions import AffineTransform, SigmoidTransform, biject_to
 
+from pyro_affine.actnorm import ActNorm
 from pyro_affine.compose import ComposeFlow, ConditionalComposeFlow
 from pyro_affine.conditioners import MLP, ResidualMLP
+from pyro_affine.conv_net import ConvNet, ResidualConvNet
 from pyro_affine.coupling import (
     AffineCoupling,
     ConditionalAffineCoupling,
@@ -18,8 +20,11 @@ from pyro_affine.coupling import (
     conditional_affine_coupling,
 )
 from pyro_affine.flows import conditional_real_nvp, real_nvp
+from pyro_affine.images import LogitImages
+from pyro_affine.invertible_linear import InvertibleLinear, invertible_conv1x1
 from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
 from pyro_affine.masks import alternating_mask, channel_mask, checkerboard_mask, half_mask, random_mask
+from pyro_affine.reshape import ConditionalMultiScale, MultiScale, Squeeze
 from pyro_affine.scales import AdditiveScale, AtanScale, ExpScale, SigmoidScale, SoftplusScale, TanhScale
 
 CONTEXT = torch.tensor([0.3, -1.2], dtype=torch.float64)
@@ -34,10 +39,23 @@ def coupling(mask, event_shape=None, scale=None, make=MLP, **options):
     return AffineCoupling(mask, network, scale, event_shape=shape)
 
 
-def conditioned(mask, context=CONTEXT):
+def image_coupling(mask, event_shape, make=ConvNet, **options):
+    return AffineCoupling(mask, make(mask, event_shape, 3, **options), event_shape=event_shape)
+
+
+def image_conditioned(mask, event_shape, context=CONTEXT, **options):
+    network = ConvNet(mask, event_shape, 3, **(options or {"context_dim": 2}))
+    return ConditionalAffineCoupling(mask, network, event_shape=event_shape).double().condition(context)
+
+
+def conditional_coupling(mask):
     num_kept = int(mask.sum())
     network = MLP(num_kept, mask.numel() - num_kept, (6,), context_dim=2)
-    return ConditionalAffineCoupling(mask, network).double().condition(context)
+    return ConditionalAffineCoupling(mask, network)
+
+
+def conditioned(mask, context=CONTEXT):
+    return conditional_coupling(mask).double().condition(context)
 
 
 def plain(*size):
@@ -61,6 +79,26 @@ def mixed():
         coupling(half_mask(5)), Permutation(torch.randperm(5)), coupling(alternating_mask(5), scale=AtanScale()),
         LowerTriangularAffine(torch.zeros(5)), standardization(5),
     ])  # fmt: skip
+
+
+def glow_step(shape):
+    parts = [image_coupling(channel_mask(shape[0]), shape), invertible_conv1x1(shape), ActNorm(shape)]
+    return ComposeFlow(parts)
+
+
+def multi_scale(*, conditional=False):
+    """RealNVP for images (1, 4, 6): both kinds of couplings, then channels alone at the second level."""
+    checkerboard, channels = checkerboard_mask(4, 6).expand(1, 4, 6), channel_mask(4).expand(4, 2, 3)
+    middle = conditional_coupling(channels) if conditional else coupling(channels)
+    first = [middle, Squeeze((1, 4, 6)), coupling(checkerboard), coupling(~checkerboard)]
+    chain, kind = (ConditionalComposeFlow, ConditionalMultiScale) if conditional else (ComposeFlow, MultiScale)
+    return kind([chain(first), coupling(channel_mask(2), (2, 2, 3))])
+
+
+def glow():
+    """Two levels of one step each, for images (1, 4, 4)."""
+    first = ComposeFlow([*glow_step((4, 2, 2)).parts, Squeeze((1, 4, 4))])
+    return MultiScale([first, ComposeFlow([*glow_step((8, 1, 1)).parts, Squeeze((2, 2, 2))])])
 
 
 def with_foreign(*parts):
@@ -111,6 +149,23 @@ COUPLINGS = {
     "conditioned, no entry kept (1,)": lambda: conditioned(torch.zeros(1, dtype=torch.bool)),
     "conditioned helper (2,)": lambda: conditional_affine_coupling(2, 2, [6]).double().condition(CONTEXT),
 }
+IMAGE_COUPLINGS = {
+    "conv, checkerboard (1, 3, 3)": lambda: image_coupling(checkerboard_mask(3, 3), (1, 3, 3)),
+    "conv, other checkerboard (2, 2, 3)": lambda: image_coupling(checkerboard_mask(2, 3, keep_first=False), (2, 2, 3)),
+    "conv, channel (3, 3, 2)": lambda: image_coupling(channel_mask(3), (3, 3, 2)),
+    "conv, other channel (2, 1, 4)": lambda: image_coupling(channel_mask(2, keep_first=False), (2, 1, 4)),
+    "conv, alternating channels (3, 2, 2)": lambda: image_coupling(alternating_mask(3)[:, None, None], (3, 2, 2)),
+    "conv, random (2, 3, 3)": lambda: image_coupling(random_mask(18).reshape(2, 3, 3), (2, 3, 3)),
+    "conv, weight norm (1, 2, 4)": lambda: image_coupling(checkerboard_mask(2, 4), (1, 2, 4), weight_norm=True),
+    "conv, two networks (2, 3, 2)": lambda: image_coupling(channel_mask(2), (2, 3, 2), separate=True),
+    "residual conv (1, 3, 4)": lambda: image_coupling(checkerboard_mask(3, 4), (1, 3, 4), ResidualConvNet),
+    "conditioned conv, checkerboard (1, 3, 3)": lambda: image_conditioned(checkerboard_mask(3, 3), (1, 3, 3)),
+    "conditioned conv, channel (2, 2, 3)": lambda: image_conditioned(channel_mask(2), (2, 2, 3)),
+    "conditioned conv on an image (1, 4, 3)": lambda: image_conditioned(
+        checkerboard_mask(4, 3), (1, 4, 3), plain(24), context_shape=(2, 4, 3)
+    ),
+}
+COUPLINGS = {**COUPLINGS, **IMAGE_COUPLINGS}
 LINEAR = {
     "permutation (1,)": lambda: Permutation(torch.zeros(1, dtype=torch.long)),
     "permutation (2,)": lambda: Permutation(torch.tensor([1, 0])),
@@ -120,9 +175,27 @@ LINEAR = {
     "lower triangular (5,)": lambda: LowerTriangularAffine(torch.zeros(5)),
     "standardization (1,)": lambda: Standardization((1,)),
     "standardization (2, 4, 4)": lambda: Standardization((2, 4, 4)),
+    "actnorm (1,)": lambda: ActNorm(1),
+    "actnorm (5,)": lambda: ActNorm(5),
+    "actnorm (1, 3, 3)": lambda: ActNorm((1, 3, 3)),
+    "actnorm (3, 2, 4)": lambda: ActNorm((3, 2, 4)),
+}
+RESHAPES = {
+    "squeeze, a permutation of (1, 4, 6)": lambda: Squeeze((1, 4, 6)),
+    "squeeze by 3, an odd permutation of (1, 3, 9)": lambda: Squeeze((1, 3, 9), 3),
+    "inverse of squeeze, a permutation of (3, 2, 2)": lambda: Squeeze((3, 2, 2)).inv,
+    "multi-scale (1, 4, 6)": multi_scale,
+    "inverse of multi-scale (1, 4, 6)": lambda: multi_scale().inv,
+    "conditioned multi-scale (1, 4, 6)": lambda: multi_scale(conditional=True).double().condition(CONTEXT),
 }
 FLOWS = {
     "compose (5,)": lambda: ComposeFlow([coupling(half_mask(5)), coupling(random_mask(5))]),
+    **{
+        f"compose, memory={memory} (5,)": lambda memory=memory: ComposeFlow(
+            [coupling(half_mask(5)), coupling(random_mask(5))], memory=memory
+        )
+        for memory in ("checkpoint", "invertible")
+    },
     "real_nvp (2,)": lambda: real_nvp(2, **SMALL, seed=_any_seed()),
     "real_nvp (5,)": lambda: real_nvp(5, **SMALL, seed=_any_seed()),
     "real_nvp (3, 4)": lambda: real_nvp((3, 4), **SMALL, seed=_any_seed()),
@@ -140,9 +213,19 @@ ONE_ENTRY = {
 OFF_IDENTITY = {
     "mixed (5,)": mixed,
     "inverse of mixed (5,)": lambda: mixed().inv,
+    "glow (1, 4, 4)": glow,
+    "logit of images (1, 3, 4)": lambda: ComposeFlow(
+        [coupling(half_mask(12).reshape(1, 3, 4)), LogitImages(0.05, (1, 3, 4))]
+    ),
     # Pyro's unconditional AffineAutoregressive is left out: its inverse makes float32 zeros
     "lower triangular at a place": lambda: LowerTriangularAffine(plain(5), 0.5 + plain(5) ** 2),
     "standardization of data (3, 4)": lambda: standardization(3, 4),
+    "invertible linear (1,)": lambda: InvertibleLinear(1),
+    "invertible linear (2,)": lambda: InvertibleLinear(2),
+    "invertible linear (5,)": lambda: InvertibleLinear(5),
+    "invertible 1x1 convolution (1, 3, 3)": lambda: invertible_conv1x1((1, 3, 3)),
+    "invertible 1x1 convolution (3, 3, 2)": lambda: invertible_conv1x1((3, 3, 2)),
+    "Glow step (3, 2, 3)": lambda: glow_step((3, 2, 3)),
     "torch's affine": lambda: with_foreign(AffineTransform(plain(5), -1 - plain(5) ** 2)),
     "torch's sigmoid": lambda: ComposeFlow([coupling(half_mask(5)), SigmoidTransform()]),
     "Pyro's Permute": lambda: with_foreign(pyro_transforms.permute(5)),
@@ -157,7 +240,7 @@ OFF_IDENTITY = {
 }
 
 
-IDENTITIES = {**COUPLINGS, **LINEAR, **FLOWS, **ONE_ENTRY}
+IDENTITIES = {**COUPLINGS, **LINEAR, **RESHAPES, **FLOWS, **ONE_ENTRY}
 CASES = {**IDENTITIES, **OFF_IDENTITY}
 
 
@@ -172,20 +255,26 @@ def randomised(transform, seed=0):
 
 
 def x_points(transform, batch_shape, seed=1):
-    return _points(transform, transform.domain, batch_shape, seed)
+    return _points(event_shape(transform), transform.domain, batch_shape, seed)
 
 
 def y_points(transform, batch_shape, seed=2):
-    return _points(transform, transform.codomain, batch_shape, seed)
+    return _points(data_shape(transform), transform.codomain, batch_shape, seed)
 
 
 def event_shape(transform):
     return torch.Size([5]) if transform.event_shape is None else transform.event_shape
 
 
-def _points(transform, constraint, batch_shape, seed):
+def data_shape(transform):
+    """Shape of an event on the y side."""
+    shape = transform.forward_shape(event_shape(transform))
+    return shape[len(shape) - transform.codomain.event_dim :]
+
+
+def _points(shape, constraint, batch_shape, seed):
     generator = torch.Generator().manual_seed(seed)
-    shape = torch.Size(batch_shape) + event_shape(transform)
+    shape = torch.Size(batch_shape) + shape
     return biject_to(constraint)(torch.randn(shape, generator=generator, dtype=torch.float64))
 
 

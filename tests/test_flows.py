@@ -44,7 +44,7 @@ def jitter(module):
 def make_flow(event_shape=(4,), conditional=False, num_layers=4):
     options = {"num_layers": num_layers, "hidden_dims": (8,)}
     make = partial(conditional_real_nvp, context_dim=3) if conditional else real_nvp
-    return NormalizingFlow(make(event_shape, **options), event_shape)
+    return NormalizingFlow(make(event_shape, **options), event_shape, tails="normal")
 
 
 def make_context(conditional, batch_shape=(7,)):
@@ -83,6 +83,28 @@ def test_log_prob_is_the_change_of_variables(conditional):
     jacobian = torch.autograd.functional.jacobian(lambda v: inverse(v), y)
     expected = dist.Normal(0.0, 1.0).log_prob(inverse(y)).sum() + torch.linalg.slogdet(jacobian).logabsdet
     assert torch.allclose(flow.log_prob(y, context), expected, atol=1e-8)
+
+
+def test_the_tails_are_those_that_were_asked_for():
+    far = torch.tensor([40.0, 0.0, 0.0])
+    scores = {
+        tails: NormalizingFlow(real_nvp(3), 3, tails=tails).log_prob(far) for tails in ("normal", "log", "student")
+    }
+    assert torch.isclose(scores["normal"], scores["log"]) and scores["student"] > scores["normal"] + 500
+    assert NormalizingFlow(real_nvp(3), 3).tails == "student"
+    assert NormalizingFlow(real_nvp(3), 3, curves=0).tails == "normal"
+
+
+def test_units_make_the_gaussian_copula_of_the_data():
+    x = torch.randn(4000, 2) @ torch.tensor([[1.0, 0.8], [0.0, 0.6]])
+    data = torch.stack([x[:, 0].exp(), x[:, 1] ** 3], -1)
+    flow = NormalizingFlow(real_nvp(2), 2)
+    flow.fit_units(data)
+    base = flow.chain._backward(data)[0]
+    assert torch.allclose(base.T.cov(), torch.eye(2), atol=0.05)
+    plain = NormalizingFlow(real_nvp(2), 2, curves=0, whiten=False)
+    plain.fit_units(data)
+    assert flow.log_prob(data).mean() > plain.log_prob(data).mean() + 1
 
 
 def test_one_dimensional_density_integrates_to_one_and_is_no_gaussian():
@@ -222,8 +244,13 @@ REFUSED = {
     "no dimension": (lambda: real_nvp(()), r"one dimension .*got \(\); use \(1,\)"),
     "no dimension, conditional": (lambda: conditional_real_nvp((), 3), r"one dimension .*got \(\)"),
     "no context entry": (lambda: conditional_real_nvp(4, 0), "context"),
+    "unknown tails": (lambda: NormalizingFlow(real_nvp(4), 4, tails="heavy"), "tails must be"),
+    "whitened images": (lambda: NormalizingFlow(real_nvp((2, 2)), (2, 2), whiten=True), "only vectors can be whitened"),
+    "curves on an interval": (
+        lambda: NormalizingFlow(ComposeFlow([real_nvp(4), SigmoidTransform()]), 4, curves=8), "leave them out"
+    ),
     "no transform": (lambda: NormalizingFlow(nn.Linear(4, 4), 4), "bijective .*Transform, got Linear"),
-    "events of another size": (lambda: NormalizingFlow(real_nvp(4), 3), r"\(3,\).*\(4,\)"),
+    "events of another size": (lambda: NormalizingFlow(real_nvp(4), 3), r"\(4,\).*\(3,\)"),
     "events of another size, bounded": (
         lambda: NormalizingFlow(ComposeFlow([real_nvp(4), SigmoidTransform()]), 3), r"\(4,\).*\(3,\)"
     ),
@@ -275,3 +302,20 @@ def test_fit_of_a_banana_beats_every_gaussian_by_a_nat():
     gaussian = dist.MultivariateNormal(test.mean(0), test.T.cov())
     # the best Gaussian loses (log 2.09 - 2 log 0.3) / 2 = 1.57 nats to the truth
     assert flow.log_prob(test).mean() > gaussian.log_prob(test).mean() + 1.0
+
+
+@conditional
+def test_draws_come_with_their_density(conditional):
+    context = torch.randn(7, 2) if conditional else None
+    transform = real_nvp(3, num_layers=2) if context is None else conditional_real_nvp(3, 2, num_layers=2)
+    flow = NormalizingFlow(transform, 3)
+    for parameter in flow.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    y, log_prob = flow.rsample_and_log_prob((5,), context)
+    batch = (5,) if context is None else (5, 7)
+    assert y.shape == (*batch, 3) and log_prob.shape == batch and y.requires_grad
+    assert torch.allclose(log_prob, flow.log_prob(y, context), atol=1e-4)
+    torch.manual_seed(3)
+    one = flow.sample((5,), context)
+    torch.manual_seed(3)
+    assert torch.allclose(one, flow(context).sample((5,)), atol=1e-6) and not one.requires_grad

@@ -231,7 +231,7 @@ def test_no_graph_outlives_a_draw() -> None:
 
 
 def num_steps_alive() -> int:
-    return sum(type(thing).__name__ == "_CouplingStep" for thing in gc.get_objects())
+    return sum(type(thing).__name__ == "_NetworkPass" for thing in gc.get_objects())
 
 
 def test_the_mean_over_draws_is_that_of_the_total_gradient() -> None:

@@ -151,7 +151,7 @@ def test_largest_is_the_size_of_what_leaves_a_layer() -> None:
 
 
 def test_data_runs_backward_first() -> None:
-    flow = NormalizingFlow(shaken(real_nvp(4, num_layers=4)), 4)
+    flow = NormalizingFlow(shaken(real_nvp(4, num_layers=4)), 4, curves=0, whiten=False)
     data = torch.randn(30, 4, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 2.0, 3.0, 4.0])
     flow.standardize(data)
     report, inverse = health(flow, data), health(flow.chain.inv, data)
@@ -209,7 +209,7 @@ def test_guards_inside_a_layer_do_not_raise() -> None:
 
 
 def test_faults_of_data_are_counted_in_their_direction() -> None:
-    flow = NormalizingFlow(ComposeFlow([Cliff(9.0, 0.6), Cliff(1.0)]), 2)
+    flow = NormalizingFlow(ComposeFlow([Cliff(9.0, 0.6), Cliff(1.0)]), 2, curves=0, whiten=False)
     report = health(flow, POINTS)
     assert report.first_nonfinite_backward == "parts.0.parts.0 Cliff"
     assert [(layer.lost_forward, layer.lost_backward) for layer in report.layers] == [(0, 3), (0, 0), (0, 0)]
@@ -276,7 +276,7 @@ def vector(size: int) -> list[Any]:
 OTHERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "scalar events": (lambda: plain.AffineTransform(1.0, 2.0), (5,)),
     "one entry": (lambda: real_nvp(1), (5, 1)),
-    "image": (lambda: shaken(real_nvp((2, 4, 4), num_layers=2), 0.05), (5, 2, 4, 4)),
+    "image": (lambda: shaken(real_nvp((2, 4, 4), num_layers=2, hidden_dims=(64, 64)), 0.05), (5, 2, 4, 4)),
     "image, one mask": (
         lambda: AffineCoupling(checkerboard_mask(4, 4), lambda kept: (0 * kept, 0 * kept), event_shape=(2, 4, 4)),
         (5, 2, 4, 4),

@@ -330,7 +330,7 @@ def test_a_file_holds_no_code(tmp_path: Path) -> None:
 
 
 def test_a_tool_can_read_a_file_without_this_package(tmp_path: Path) -> None:
-    save(tmp_path / "flow.pt", real_nvp(4, num_layers=2))
+    save(tmp_path / "flow.pt", real_nvp(4, num_layers=2, hidden_dims=(8,)))
     content = torch.load(tmp_path / "flow.pt", weights_only=True)
     assert content["written_by"]["pyro_affine"] == pyro_affine.__version__
     assert "flow.parts.0.conditioner.network.from_kept.weight" in content["tensors"]

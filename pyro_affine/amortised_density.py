@@ -1,0 +1,103 @@
+"""A density of the latents given the data: an encoder of the data, and a conditional flow behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Size, Tensor, nn
+
+from pyro_affine.compose import ConditionalComposeFlow
+from pyro_affine.conditioners import MLP
+from pyro_affine.coupling import ConditionalAffineCoupling
+from pyro_affine.data_encoder import DataEncoder
+from pyro_affine.flows import NormalizingFlow, conditional_real_nvp
+from pyro_affine.linear import LowerTriangularAffine
+from pyro_affine.regression import ridge
+from pyro_affine.scales import AdditiveScale
+
+_REGRESSION_ROWS = 50_000  # they go through the encoder at once
+
+
+class AmortisedDensity(nn.Module):
+    """q(latents | data) for unconstrained latents and packed data: what ``fit_posterior`` trains, and ``save`` takes.
+
+    With the encoded data c, brought to unit scale, and f a conditional RealNVP,
+
+        u = loc + scale * (W c + b + L f(x; c)),  x ~ N(0, I).
+
+    loc and scale are the stored units of the latents. W, b and L start at the linear regression of the latents on what
+    is fixed in c, and f at the identity: the start is exact for a linear Gaussian model.
+
+    Args:
+        size: number of unconstrained latents.
+        encoder: from packed data to the context.
+        num_layers, hidden_dims, activation, seed: of the flow, as in ``conditional_real_nvp``.
+
+    >>> density = AmortisedDensity(3, DataEncoder({"y": Size([4])}, {}))
+    >>> density.log_prob(torch.zeros(7, 3), torch.zeros(7, 4)).shape
+    torch.Size([7])
+    """
+
+    def __init__(
+        self,
+        size: int,
+        encoder: DataEncoder,
+        *,
+        num_layers: int = 8,
+        hidden_dims: Sequence[int] = (64, 64),
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"num_layers": num_layers, "hidden_dims": hidden_dims, "activation": activation}
+        self.encoder, context_dim = encoder, encoder.context_dim
+        moves_all = torch.zeros(size, dtype=torch.bool)
+        linear = MLP(0, size, (), context_dim=context_dim, shift_only=True)
+        self.regression = ConditionalAffineCoupling(moves_all, linear, AdditiveScale())
+        self.noise = LowerTriangularAffine(torch.zeros(size))
+        couplings = conditional_real_nvp(size, context_dim, seed=seed, **options)
+        self.flow = NormalizingFlow(ConditionalComposeFlow([couplings, self.noise, self.regression]), size)
+        self.event_shape = Size([size])
+        self.standardized = False
+
+    def forward(self, packed: Tensor) -> dist.TransformedDistribution:
+        """The distribution of the latents. Shape: batch + (width,)."""
+        return self.flow(self.encoder(packed))
+
+    @torch.no_grad()
+    def at(self, packed: Tensor) -> dist.TransformedDistribution:
+        """The distribution at these data, without gradients of the encoder, and with it in evaluation mode."""
+        before = self.training
+        self.eval()
+        try:
+            return self(packed)
+        finally:
+            self.train(before)
+
+    def log_prob(self, value: Tensor, packed: Tensor) -> Tensor:
+        """Log-density in nats. Shapes: batch + (size,) and batch + (width,), which broadcast; result: batch."""
+        return self.flow.log_prob(value, self.encoder(packed))
+
+    @torch.no_grad()
+    def store_units(self, latents: Tensor, packed: Tensor) -> None:
+        """Store the units of latents and data, once: weights that are trained hold in these units only."""
+        if not self.standardized:
+            self.encoder.fit(packed)
+            self.flow.standardize(latents)
+            self._regress(latents[:_REGRESSION_ROWS], packed[:_REGRESSION_ROWS])
+            self.standardized = True
+
+    def _regress(self, latents: Tensor, packed: Tensor) -> None:
+        standardized, _ = self.flow.chain.parts[-1]._backward(latents)
+        context = self.encoder(packed) * self.encoder.is_fixed  # large weights on what is trained would shake it
+        weight, bias, tril = ridge(context, standardized)
+        linear: Any = self.regression.coupling.conditioner
+        linear = linear.network.from_context
+        linear.weight.copy_(weight)
+        linear.bias.copy_(bias)
+        scale = tril.diagonal()
+        self.noise.log_scale.copy_(scale.log())
+        self.noise.below.copy_((tril / scale[:, None]).tril(-1))

@@ -1,0 +1,164 @@
+"""The steps of the layers without a network: reorderings, units, tails, triangular maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
+from pyro_affine.steps import Made, Rows, Wanted
+from pyro_affine.tails import LOFT
+from pyro_affine.whitening import Whitening
+
+
+class _Whole:
+    """What steps share that take rows whole and train nothing."""
+
+    cut = None
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+
+class PermutationStep(_Whole):
+    """A gather each way."""
+
+    def __init__(self, layer: Permutation) -> None:
+        self.buffers: dict[str, Any] = layer._buffers
+
+    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
+        order, back = self.buffers["order"], self.buffers["inverse_order"]
+        made = _reordered(x, order, back)
+        return made._replace(push=lambda score: score.index_select(-1, order))
+
+    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+        return _reordered(y, self.buffers["inverse_order"], self.buffers["order"])
+
+
+def _reordered(rows: Tensor, order: Tensor, back: Tensor) -> Made:
+    return Made(rows.index_select(-1, order), None, lambda grad, *_: (grad.index_select(-1, back), ()))
+
+
+class StandardizationStep(_Whole):
+    """y = loc + scale * x, constants."""
+
+    def __init__(self, layer: Standardization) -> None:
+        self.layer = layer
+
+    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
+        scale = self.layer.scale
+        y, log_det = self.layer._forward(x)
+        return Made(y, log_det, lambda grad, *_: (grad * scale, ()), lambda score: score / scale)
+
+    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+        scale = self.layer.scale
+        x, log_det = self.layer._backward(y)
+        return Made(x, log_det, lambda grad, *_: (grad / scale, ()))
+
+
+class TailStep(_Whole):
+    """The soft logarithm of ``LOFT``, entry by entry."""
+
+    def __init__(self, layer: LOFT) -> None:
+        self.layer = layer
+
+    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
+        excess = self.layer._excess(x)
+        beyond, inverse_slope = x.sign() * (excess > 0), excess + 1
+
+        def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
+            if grad_log_det is not None:
+                grad = torch.addcmul(grad, grad_log_det, beyond, value=-1)
+            return grad / inverse_slope, ()
+
+        y, log_det = self.layer._forward(x)
+        return Made(y, log_det, pull, lambda score: torch.addcmul(beyond, score, inverse_slope))
+
+    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+        excess = self.layer._excess(y)
+        beyond, slope = y.sign() * (excess > 0), excess.exp()
+
+        def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
+            grad = grad * slope
+            return grad if grad_log_det is None else torch.addcmul(grad, grad_log_det, beyond, value=-1), ()
+
+        x, log_det = self.layer._backward(y)
+        return Made(x, log_det, pull)
+
+
+class TriangularStep:
+    """y = loc + (x + N x) * exp(log_scale), N strictly lower triangular."""
+
+    cut = None
+
+    def __init__(self, layer: LowerTriangularAffine) -> None:
+        self.parameters: dict[str, Any] = layer._parameters
+
+    def tensors(self) -> list[Tensor]:
+        return [self.parameters[name] for name in ("loc", "log_scale", "below")]
+
+    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
+        loc, log_scale, below = tensors
+        lower, scale = below.tril(-1), log_scale.exp()
+        mixed = torch.addmm(x, x, lower.T)
+
+        def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
+            scaled = grad * scale
+            of_log_scale = (scaled * mixed).sum(0)
+            if grad_log_det is not None:
+                of_log_scale += grad_log_det.sum()
+            own = grad.sum(0), of_log_scale, (scaled.T @ x).tril_(-1)
+            return torch.addmm(scaled, scaled, lower), own
+
+        def push(score: Any) -> Rows:
+            return _solved(lower, score) / scale
+
+        return Made(torch.addcmul(loc, mixed, scale), log_scale.sum().expand(len(x)), pull, push)
+
+    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+        loc, log_scale, below = tensors
+        lower, scale = below.tril(-1), log_scale.exp()
+        mixed = (y - loc) / scale
+        x = _solved(lower.T, mixed, upper=True)
+        known = x.detach()  # to hold x itself, an output of the pass, would be a circle
+
+        def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
+            of_mixed = _solved(lower, grad)
+            scaled = of_mixed / scale
+            of_log_scale = -(of_mixed * mixed).sum(0)
+            if grad_log_det is not None:
+                of_log_scale += grad_log_det.sum()
+            return scaled, (-scaled.sum(0), of_log_scale, -(of_mixed.T @ known).tril_(-1))
+
+        return Made(x, log_scale.sum().expand(len(y)), pull)
+
+
+def _solved(matrix: Tensor, rows: Tensor, *, upper: bool = False) -> Tensor:
+    """Rows times the inverse of I + a strictly triangular matrix."""
+    solved: Tensor = torch.linalg.solve_triangular(matrix, rows, upper=upper, left=False, unitriangular=True)
+    return solved
+
+
+class WhiteningStep(_Whole):
+    """y = loc + L x, constants."""
+
+    def __init__(self, layer: Whitening) -> None:
+        self.layer = layer
+
+    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
+        y, log_det = self.layer._forward(x)
+        tril = self.layer.scale_tril
+        return Made(y, log_det, lambda grad, *_: (grad @ tril, ()), lambda score: _divided(score, tril))
+
+    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+        x, log_det = self.layer._backward(y)
+        tril = self.layer.scale_tril
+        return Made(x, log_det, lambda grad, *_: (_divided(grad, tril), ()))
+
+
+def _divided(rows: Tensor, tril: Tensor) -> Tensor:
+    divided: Tensor = torch.linalg.solve_triangular(tril, rows, upper=False, left=False)
+    return divided
