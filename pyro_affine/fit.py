@@ -23,6 +23,7 @@ from pyro_affine.trained_weights import Weights
 from pyro_affine.training import TrainingLoop
 
 _STEPS = 5000  # enough for posteriors of tens of latents at 64 draws a step; a plateau ends it earlier
+_MOST_LOST = 0.01  # share of the steps
 _START_SHARE = 0.15  # of the steps or seconds, for the Gaussian that a guide starts from
 
 
@@ -86,6 +87,9 @@ def fit_guide(
     Returns:
         Losses, times, the ELBO reached, and why it stopped.
 
+    Warns:
+        RuntimeWarning: if more than one step in a hundred came to nothing in float32.
+
     Raises:
         NonFiniteError: if losses or gradients stay non-finite; it names step and site, and the guide holds the last
             good weights.
@@ -116,7 +120,9 @@ def fit_guide(
         rate = _default_rate(model_trace, task.num_particles) if learning_rate is None else learning_rate
         optimizer_made = make_optimizer(optimizer, list(weights.parameters.values()), lr=rate)
         rule = Plateau(tolerance)
-        return TrainingLoop(task, weights, optimizer_made, budget=budget, rule=rule, options=options).run()
+        fit = TrainingLoop(task, weights, optimizer_made, budget=budget, rule=rule, options=options).run()
+        _warn_of_precision(fit, weights)
+        return fit
 
 
 def _start_warm(pair: Pair, nesting: int | None, num_steps: int | None, seconds: float | None) -> None:
@@ -138,6 +144,18 @@ def _default_rate(model_trace: Any, num_particles: int) -> float:
     num_entries = max(sum(int(site["value"].numel()) for site in sites), 1)
     rate = min(max(0.1 / num_entries, 5e-4), 5e-3)
     return rate * math.sqrt(max(1.0, num_particles / 64))
+
+
+def _warn_of_precision(fit: FitResult, weights: Weights) -> None:
+    lost = fit.num_nonfinite / max(fit.num_steps, 1)
+    if lost > _MOST_LOST and any(p.dtype == torch.float32 for p in weights.parameters.values()):
+        warnings.warn(
+            f"{fit.num_nonfinite} of {fit.num_steps} steps came to nothing in float32, as the model refused draws or "
+            "gave no finite gradient. Models that factor matrices often need float64: "
+            "torch.set_default_dtype(torch.float64), and data to match",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 @contextmanager

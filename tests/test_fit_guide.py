@@ -571,3 +571,18 @@ def test_draws_grow_once_and_only_where_their_number_is_open() -> None:
     resumed.load_state_dict(task.state_dict())
     assert resumed.num_particles == 256 and not resumed.grow()
     assert not task_of(pair, 8).grow()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_model_that_may_need_more_digits_is_told(dtype: Any) -> None:
+    torch.set_default_dtype(dtype)
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, torch.where(z < 1.0, 1.0, math.nan)), obs=torch.tensor(1.5))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = fit(model, AutoNormal(model), num_steps=200, num_particles=4, learning_rate=0.05)
+    told = any("often need float64" in str(warning.message) for warning in caught)
+    assert result.num_nonfinite > 1 and told is (dtype == torch.float32)
