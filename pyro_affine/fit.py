@@ -116,7 +116,7 @@ def fit_guide(
         weights = Weights(finder.find(lambda: first_success(task.loss)), finder.modules)
         task.use_direct_loss(list(weights.parameters.values()))
         if seconds is not None:
-            task.grow_if_cheap()
+            task.grow_if_cheap(seconds)
         rate = _default_rate(model_trace, task.num_particles) if learning_rate is None else learning_rate
         optimizer_made = make_optimizer(optimizer, list(weights.parameters.values()), lr=rate)
         rule = Plateau(tolerance)

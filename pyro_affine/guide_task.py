@@ -118,17 +118,22 @@ class GuideTask:
         self._may_grow = False
         return grows
 
-    def grow_if_cheap(self) -> None:
-        """Take more draws from the start, if a step hardly takes longer. Goes by the clock."""
-        if self._may_grow and self._seconds(_GROWTH * self.num_particles) < _CHEAP * self._seconds(self.num_particles):
+    def grow_if_cheap(self, seconds: float) -> None:
+        """Take more draws from the start, if a step hardly takes longer. Goes by the clock, for about 1 % of it.
+
+        Args:
+            seconds: of the fit.
+        """
+        more, limit = _GROWTH * self.num_particles, seconds / 200
+        if self._may_grow and self._seconds(more, limit) < _CHEAP * self._seconds(self.num_particles, limit):
             self.grow()
 
-    def _seconds(self, num_particles: int) -> float:
-        """Of a loss and its gradient: the least of a few, as the clock is noisy."""
+    def _seconds(self, num_particles: int, limit: float) -> float:
+        """Of a loss and its gradient: the least of a few, as the clock is noisy; of one where that is over a limit."""
         loss = self._direct or self._traced_loss
-        times = []
+        times: list[float] = []
         with seeded(0):
-            for _ in range(_NUM_TIMED):
+            while len(times) < _NUM_TIMED and sum(times) < limit:
                 start = time.perf_counter()
                 with suppress(*BAD_DRAW):
                     loss(num_particles).backward()

@@ -71,7 +71,7 @@ CASES = {
     "rats, 65 latents, against 10000 draws of NUTS": Known(
         rats,
         rats_args,
-        1200,
+        500,
         {
             "mu_alpha": (242.49, 2.78),
             "mu_beta": (6.19, 0.111),
