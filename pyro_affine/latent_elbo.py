@@ -82,10 +82,17 @@ def latent_density(pair: Pair, nesting: int | None) -> LatentDensity | None:
         nesting: from ``Pair.find_nesting``.
     """
     guide = pair.guide
-    if not isinstance(guide, AutoContinuous) or not isinstance(guide.get_transform(), FlowTransform):
+    if not isinstance(guide, AutoContinuous) or not _is_one_flow(guide):
         return None
     density = LatentDensity(pair.model, guide, pair.args, pair.kwargs, nesting=nesting)
     return None if density.is_random() else density
+
+
+def _is_one_flow(guide: AutoContinuous) -> bool:
+    try:
+        return isinstance(guide.get_transform(), FlowTransform)
+    except (NotImplementedError, TypeError):  # a guide without a transform, or one that depends on the arguments
+        return False
 
 
 def agree(loss: Callable[[], Tensor], other: Callable[[], Tensor], parameters: list[Tensor]) -> bool:

@@ -14,12 +14,21 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoIAFNormal,
+    AutoLaplaceApproximation,
+    AutoMultivariateNormal,
+    AutoNormal,
+    AutoNormalizingFlow,
+)
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
+from pyro_affine.conditional_guide import AutoConditionalRealNVP
 from pyro_affine.fit import fit_guide
 from pyro_affine.fit_result import FitResult, NonFiniteError
+from pyro_affine.flows import real_nvp
 from pyro_affine.guide_task import GuideTask
 from pyro_affine.guides import AutoRealNVP
 from pyro_affine.particles import Pair
@@ -548,6 +557,25 @@ def test_pyro_traces_the_guide_only_where_it_must(model: Any, make: Any, direct:
     task.use_direct_loss([*pair.guide.parameters(), *(value for _, value in store)])
     assert (task._direct is not None) is direct
     assert math.isfinite(task.loss().item())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        AutoLaplaceApproximation,
+        AutoIAFNormal,
+        lambda model: AutoNormalizingFlow(model, lambda size: real_nvp(size, num_layers=2, hidden_dims=(8,))),
+        lambda model: AutoConditionalRealNVP(model, lambda x: x, num_layers=2, hidden_dims=(8,)),
+    ],
+    ids=["laplace", "iaf", "pyro's flow guide with ours", "conditional"],
+)
+def test_any_autoguide_is_fitted(make: Any) -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=x.sum())
+
+    result = fit(model, make(model), (torch.tensor([0.5, 0.5]),), num_steps=20)
+    assert result.num_steps == 20 and math.isfinite(result.best)
 
 
 def test_single_draws_that_the_model_refuses_are_left_out_and_counted() -> None:
