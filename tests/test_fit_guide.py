@@ -574,7 +574,7 @@ def test_any_autoguide_is_fitted(make: Any) -> None:
         z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=x.sum())
 
-    result = fit(model, make(model), (torch.tensor([0.5, 0.5]),), num_steps=20)
+    result = fit(model, make(model), torch.tensor([0.5, 0.5]), num_steps=20)
     assert result.num_steps == 20 and math.isfinite(result.best)
 
 
