@@ -100,7 +100,7 @@ pyro.param("left_behind", lambda: torch.zeros(1))
 warnings.simplefilter("ignore")
 torch.distributions.Transform.sign = 1
 os.environ["LEFT_BEHIND"] = "1"
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: None)
 """
 
 
