@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyro_affine import NormalizingFlow, real_nvp
-from pyro_affine.conditioners import MLP
+from pyro_affine.coupling import AffineCoupling
 
 
 def randomise(flow: nn.Module) -> nn.Module:
@@ -43,8 +43,8 @@ def network_calls(num_layers: int) -> int:
     """Conditioner calls of one draw plus its score."""
     flow, calls = NormalizingFlow(real_nvp(16, num_layers=num_layers), 16), []
     for module in flow.modules():
-        if isinstance(module, MLP):
-            module.register_forward_hook(lambda *_: calls.append(1))
+        if isinstance(module, AffineCoupling):
+            module.conditioner.register_forward_hook(lambda *_: calls.append(1))
     density = flow()
     density.log_prob(density.rsample((8,)))
     return len(calls)
@@ -57,6 +57,7 @@ def main() -> None:
     for num_layers in (8, 32, 64):
         for name, make in {
             "pyro_affine real_nvp": lambda n: randomise(real_nvp(16, num_layers=n)),
+            "pyro_affine, plain networks": lambda n: randomise(real_nvp(16, num_layers=n, hidden_dims=(64, 64))),
             "Pyro affine_coupling + flips": lambda n: pyro_stack(16, n),
         }.items():
             errors = []
