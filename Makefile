@@ -21,7 +21,7 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## fit the eight schools with a flow guide, print and draw the result
-	MPLBACKEND=Agg $(BIN)/python examples/eight_schools.py
+	$(TEST_ENV) $(BIN)/python examples/eight_schools.py
 
 test: $(STAMP)  ## run all tests and the examples in docstrings
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
