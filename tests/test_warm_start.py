@@ -206,6 +206,19 @@ def test_refining_survives_draws_without_a_density() -> None:
     assert torch.allclose(found.loc, torch.full((2,), 0.5), atol=0.05) and found.scale_tril.diagonal().max() < 0.2
 
 
+def test_an_ascent_does_not_stand_still_where_a_newton_step_leads_too_far() -> None:
+    def ramp(points: Tensor) -> tuple[Tensor, Tensor]:
+        """A slope without curvature at the start, and a cliff beyond its end: highest at (0, 50)."""
+        x, y = points.unbind(-1)
+        cliff = (y - 50).exp()
+        return y - cliff - 0.5 * x.square(), torch.stack([-x, 1 - cliff], -1)
+
+    start = torch.zeros(1, 2, dtype=torch.float64)
+    lengths = (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5)
+    (path,) = climb(start, ramp, step_sizes=lengths, num_draws=4, spacing=1e-5, may_go_on=lambda step, elbo: step < 100)
+    assert path.value == pytest.approx(49.0, abs=1e-3)
+
+
 @pytest.mark.parametrize("spacing", [None, 1e-5])
 def test_climbing_ends_at_the_modes(spacing: float | None) -> None:
     def rosenbrock(latents: Tensor) -> tuple[Tensor, Tensor]:
