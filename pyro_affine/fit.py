@@ -14,7 +14,7 @@ import torch
 from pyro_affine.fit_result import FitResult
 from pyro_affine.guide_task import GuideTask
 from pyro_affine.parameters import ParameterFinder
-from pyro_affine.particles import Pair, first_success
+from pyro_affine.particles import Pair
 from pyro_affine.random_state import seeded
 from pyro_affine.stopping import Budget, Plateau
 from pyro_affine.task import LoopOptions, OptimizerFactory, make_optimizer
@@ -113,7 +113,7 @@ def fit_guide(
         nesting, reason = pair.find_nesting()
         _start_warm(pair, nesting, num_steps, seconds)
         task = GuideTask(pair, num_particles, nesting=nesting, reason=reason, seed=seed)
-        weights = Weights(finder.find(lambda: first_success(task.loss)), finder.modules)
+        weights = Weights(finder.find(task.touch_parameters), finder.modules)
         task.use_direct_loss(list(weights.parameters.values()))
         if seconds is not None:
             task.grow_if_cheap(seconds)

@@ -12,7 +12,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 from pyro_affine.latent_elbo import LatentELBO, agree, latent_density
-from pyro_affine.particles import BAD_DRAW, Pair
+from pyro_affine.particles import BAD_DRAW, Pair, first_success
 from pyro_affine.random_state import new_seed, seeded
 
 _PARTICLES_AT_ONCE, _PARTICLES_ONE_BY_ONE = 64, 8
@@ -79,6 +79,10 @@ class GuideTask:
     def num_dropped(self) -> int:
         """Number of single draws left out so far."""
         return 0 if self._direct is None else self._direct.num_dropped
+
+    def touch_parameters(self) -> None:
+        """Run guide and model at one draw, for what looks on to see their parameters."""
+        first_success(lambda: self._traced_loss(1))
 
     def prepare(self) -> None:
         """Nothing to fetch."""

@@ -48,9 +48,13 @@ class Pair:
         """Traces of model and guide at one draw that the model accepts; sets an autoguide up.
 
         Raises:
-            ValueError: if the model accepts none of ten draws, or has latent sites that the guide lacks.
+            ValueError: if the model accepts none of ten draws of the guide and none of ten from its prior, or has
+                latent sites that the guide lacks.
         """
-        model_trace, guide_trace = first_success(self._traces)
+        try:
+            model_trace, guide_trace = first_success(self._traces)
+        except BAD_DRAW:
+            model_trace, guide_trace = self._run(self.model), self._run(self.guide)
         missing = [name for name in _latents(model_trace) if name not in guide_trace.nodes]
         if missing:
             raise ValueError(
@@ -81,7 +85,7 @@ class Pair:
         """
         try:
             guide_traces = [self._run(self.guide) for _ in range(_NUM_PROBES)]
-            model_traces = [self._run(poutine.replay(self.model, trace=trace)) for trace in guide_traces]
+            model_traces = [self._run_model(trace) for trace in guide_traces]
             nesting = max(map(_depth, (*guide_traces, *model_traces)))
             self._compare("guide", self.guide, guide_traces)
             self._compare("model", self.model, model_traces)
@@ -104,6 +108,13 @@ class Pair:
 
     def _run(self, program: Callable[..., Any]) -> Any:
         return first_success(lambda: poutine.trace(program).get_trace(*self.args, **self.kwargs))
+
+    def _run_model(self, guide_trace: Any) -> Any:
+        """At a draw of the guide; at one from the prior where that is refused, as it can be before training."""
+        try:
+            return poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*self.args, **self.kwargs)
+        except BAD_DRAW:
+            return self._run(self.model)
 
     def _traces(self) -> tuple[Any, Any]:
         traces = get_importance_trace("flat", math.inf, self.model, self.guide, self.args, self.kwargs)
@@ -130,7 +141,8 @@ class Pair:
 
     def _try_at_once(self, nesting: int) -> None:
         elbo = Trace_ELBO(_NUM_PROBES, max_plate_nesting=nesting, vectorize_particles=True)
-        first_success(lambda: elbo.differentiable_loss(self.model, self.guide, *self.args, **self.kwargs))
+        with pyro.validation_enabled(False):  # whether the draws are good is not asked here
+            first_success(lambda: elbo.differentiable_loss(self.model, self.guide, *self.args, **self.kwargs))
 
     def _search(self, label: str, program: Callable[..., Any]) -> tuple[Any, str]:
         tracer = poutine.trace(program)

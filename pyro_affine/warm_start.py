@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ _MAX_ITERATIONS, _MAX_REFINEMENTS = 100, 300
 _RADIUS = 2.0  # of random starts: uniform within two units of 0, as Stan starts its chains
 _SEPARATE = 5.0  # nats by which the density dips between two modes that count as two
 _MANY = 60  # iterations that most ascents end within
+_CHEAP = 1.5  # times the time of one ascent that many may take
 _OVERDRAFT = 2.0  # allowances that ascents may take, as long as their ELBO rises by a nat in five iterations
 
 
@@ -44,9 +45,10 @@ class Effort:
     refine: float = 0.15
 
 
-# Many rows at once cost about as much as one, unless the model is slow. One by one, each counts.
+# Many rows at once cost about as much as one, unless the data are many. One by one, each counts.
 _THOROUGH = Effort(7, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 256, trials=(0.25, 0.3))
-_SLOW = Effort(0, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 64, climb=0.6, refine=0.35)
+_SLOW = Effort(15, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 64, climb=0.6, refine=0.35)
+_SLOW_ROWS = replace(_SLOW, num_random_starts=0)
 _WIDE = Effort(0, (), 0, 64, trials=(0.4, 0.4))  # no ascents where a matrix can not be afforded
 _ONE_BY_ONE = Effort(0, (1.0, 0.2, 0.01), 4, 8, refine=0.7)
 
@@ -139,11 +141,16 @@ def find_gaussian(
 
 
 def _effort(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance) -> Effort:
-    """Whether there is time for many ascents at once: by what one iteration would take."""
-    before = allowance.spent
-    rows = (1 + _THOROUGH.num_random_starts) * (len(_THOROUGH.steps) + _THOROUGH.num_draws)
-    evaluate(start.draws(torch.randn(rows, len(start.loc)).to(start.loc)))
-    return _THOROUGH if allowance.spent < before + _THOROUGH.climb / _MANY else _SLOW
+    """Whether there is time for many iterations, and for many ascents at once: by what one iteration would take."""
+    spent = [allowance.spent]
+    for effort in (_SLOW_ROWS, _THOROUGH):
+        rows = (1 + effort.num_random_starts) * (len(effort.steps) + effort.num_draws)
+        evaluate(start.draws(torch.randn(rows, len(start.loc)).to(start.loc)))
+        spent.append(allowance.spent)
+    one, many = spent[1] - spent[0], spent[2] - spent[1]
+    if many < _THOROUGH.climb / _MANY:
+        return _THOROUGH
+    return _SLOW if many < _CHEAP * one else _SLOW_ROWS
 
 
 def _ascend(
@@ -165,7 +172,7 @@ def _ascend(
         spacing=spacing,
         may_go_on=may_go_on,
     )
-    if paths:
+    if any(path.done for path in paths):
         _warn_of_modes(paths, evaluate)
     candidates = [start, *(path.best for path in paths), *(path.gaussian() for path in paths)]
     return _best([candidate for candidate in candidates if candidate is not None], evaluate, effort.num_scored)
@@ -186,7 +193,7 @@ def _best(candidates: list[Gaussian], evaluate: ValueAndScore, num_draws: int) -
 
 def _warn_of_modes(paths: list[Path], evaluate: ValueAndScore) -> None:
     """Compare the path of highest ELBO with each other one of about the same, along the line between their ends."""
-    best, *others = sorted(paths, key=lambda path: -path.best_elbo)
+    best, *others = sorted((path for path in paths if path.done), key=lambda path: -path.best_elbo)
     for path in others:
         if not best.best_elbo - path.best_elbo < _SEPARATE:
             continue

@@ -22,6 +22,7 @@ from pyro.infer.autoguide import (
     AutoNormal,
     AutoNormalizingFlow,
 )
+from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
 
@@ -441,6 +442,28 @@ def test_draws_that_the_model_refuses_are_survived_and_counted() -> None:
     assert result.reason == "num_steps"
     assert f"{result.num_nonfinite} of them as non-finite" in str(result)
     assert guide.median()["z"].item() == pytest.approx(POSTERIOR_MEAN, abs=0.15)
+
+
+def one_half() -> None:
+    """A model that refuses half of all draws that an untrained guide makes of it."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(torch.where(z >= 0, z, torch.nan), 1.0), obs=torch.tensor(30.0))
+
+
+def nowhere_near_the_start() -> None:
+    """A model that refuses all draws of an untrained guide, and accepts its centre and most draws from the prior."""
+    z = pyro.sample("z", dist.Uniform(torch.zeros(2), 1.0).to_event(1))
+    off = (z - 0.5).norm(dim=-1)
+    accepted = (off > 0.2) | (off < 1e-6)
+    pyro.sample("y", dist.Normal(torch.where(accepted, z[..., 0], torch.nan), 0.1), obs=torch.tensor(0.9))
+
+
+@pytest.mark.parametrize("model", [one_half, nowhere_near_the_start])
+def test_a_start_that_the_model_refuses_neither_ends_a_fit_nor_slows_it_down(model: Callable[[], None]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # such as that draws run one by one
+        result = fit_guide(model, AutoRealNVP(model, init_loc_fn=init_to_mean), num_steps=200, seed=0, progress=False)
+    assert math.isfinite(result.best)
 
 
 def test_a_bad_draw_spoils_no_other_in_the_evaluation() -> None:
