@@ -20,7 +20,7 @@ _RADIUS = 2.0  # of random starts: uniform within two units of 0, as Stan starts
 _SEPARATE = 5.0  # nats by which the density dips between two modes that count as two
 _MANY = 60  # iterations that most ascents end within
 _CHEAP = 1.5  # times the time of one ascent that many may take
-_OVERDRAFT = 2.0  # allowances that ascents may take, as long as their ELBO rises by a nat in five iterations
+_OVERDRAFT = 2.0  # allowances that ascents may take, as long as they rise by a nat in five iterations
 
 
 @dataclass(frozen=True)
@@ -159,9 +159,9 @@ def _ascend(
     """The best of the start and of Gaussians on the way to modes and at them."""
     history: list[float] = []
 
-    def may_go_on(iteration: int, elbo: float) -> bool:
-        history.append(elbo)
-        rises = elbo > history[-6:][0] + 1
+    def may_go_on(iteration: int, height: float) -> bool:
+        history.append(height)
+        rises = height > history[-6:][0] + 1
         return iteration < _MAX_ITERATIONS and allowance.spent < (_OVERDRAFT if rises else effort.climb)
 
     paths = climb(
