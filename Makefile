@@ -10,12 +10,13 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 # The name of the stamp holds the choice of versions: another choice installs anew.
 STAMP := $(VENV)/.installed-$(notdir $(or $(CONSTRAINTS),newest))
+DOCS_STAMP := $(STAMP)-docs
 QUIET := $(shell test -t 2 || echo -qq)
 # Workers share the cores, so each takes one thread; they must also order sets alike to agree on the tests.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONHASHSEED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format coverage bench-trust bench-roundtrip bench-guides bench-density bench-speed bench-memory bench-images bench-amortised bench-step clean
+.PHONY: help demo test lint format coverage docs docs-clean bench-trust bench-roundtrip bench-guides bench-density bench-speed bench-memory bench-images bench-amortised bench-step bench-scaling bench-streaming clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +39,12 @@ format: $(STAMP)  ## mend what ruff can mend
 coverage: $(STAMP)  ## run the tests and list the lines that none of them reaches
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --cov
 
+docs: $(DOCS_STAMP)  ## build the documentation, running its tutorials: docs/_build/html/index.html
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -b html -d docs/_build/doctrees -W -n --keep-going docs docs/_build/html
+
+docs-clean:  ## remove the built documentation and what its tutorials printed
+	rm -rf docs/_build
+
 bench-roundtrip: $(STAMP)  ## measure the float32 round-trip error of deep stacks, beside Pyro's coupling
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/round_trip.py
 
@@ -59,6 +66,12 @@ bench-memory: $(STAMP)  ## measure peak memory and time of the three memory mode
 bench-step: $(STAMP)  ## measure one training step of guides, ours and Pyro's
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/guide_step.py $(ARGS)
 
+bench-scaling: $(STAMP)  ## measure fits by one process and by two; needs both cores idle
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/scaling.py $(ARGS)
+
+bench-streaming: $(STAMP)  ## measure fits to a file of 4 GB within 1 GB of memory; ARGS="--gigabytes 1" for less
+	$(TEST_ENV) $(BIN)/python tests/benchmarks/streaming.py $(ARGS)
+
 bench-images: $(STAMP)  ## measure image flows on small digits beside other libraries
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/images.py $(ARGS)
 
@@ -66,11 +79,18 @@ bench-amortised: $(STAMP)  ## measure amortised posteriors beside exact draws
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/amortised.py $(ARGS)
 
 clean:  ## remove the environment and all that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
+	rm -rf $(VENV) build dist docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage* htmlcov
 
 $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.installed-*
 	PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
 		$(BIN)/python -m pip install $(QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	touch $@
+
+# Beside the above, if that is there: only what it does not have is installed.
+$(DOCS_STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+		$(BIN)/python -m pip install $(QUIET) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[docs]'
 	touch $@

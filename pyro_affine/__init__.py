@@ -20,6 +20,7 @@ from pyro_affine.coupling import (
 )
 from pyro_affine.curves import Curves
 from pyro_affine.diagnostics import draw_posterior, psis
+from pyro_affine.draws_on_disk import write_draws, write_log_prob
 from pyro_affine.export import to_arviz
 from pyro_affine.fit import fit_guide
 from pyro_affine.fit_density import fit_density
@@ -40,6 +41,7 @@ from pyro_affine.neutra import NeutraResult, neutra
 from pyro_affine.plots import plot_pairs, plot_weights
 from pyro_affine.psis_result import PSISResult
 from pyro_affine.reshape import ConditionalMultiScale, MultiScale, Squeeze
+from pyro_affine.rounds import Round, fit_posterior_at
 from pyro_affine.scales import (
     AdditiveScale,
     AtanScale,
@@ -52,6 +54,7 @@ from pyro_affine.scales import (
 from pyro_affine.serialize import load, load_guide, save
 from pyro_affine.simulate import NeuralPosterior, fit_posterior
 from pyro_affine.simulations import Simulations
+from pyro_affine.stored_rows import stored_rows
 from pyro_affine.summaries import DeepSets, SetTransformer
 from pyro_affine.tails import LOFT
 from pyro_affine.transform import FlowTransform
@@ -101,6 +104,7 @@ __all__ = [
     "Ranks",
     "ResidualConvNet",
     "ResidualMLP",
+    "Round",
     "ScaleMap",
     "SetTransformer",
     "SigmoidScale",
@@ -125,6 +129,7 @@ __all__ = [
     "fit_density",
     "fit_guide",
     "fit_posterior",
+    "fit_posterior_at",
     "glow",
     "half_mask",
     "health",
@@ -143,5 +148,8 @@ __all__ = [
     "register_class",
     "save",
     "sbc_ranks",
+    "stored_rows",
     "to_arviz",
+    "write_draws",
+    "write_log_prob",
 ]

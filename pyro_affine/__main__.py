@@ -16,7 +16,7 @@ import torch
 import pyro_affine
 from pyro_affine import AutoRealNVP, NormalizingFlow, fit_guide, real_nvp
 
-_PACKAGES = ("torch", "pyro-ppl", "numpy", "arviz", "tqdm", "matplotlib", "pandas")
+_PACKAGES = ("torch", "pyro-ppl", "numpy", "arviz", "tqdm", "matplotlib", "pandas", "pyarrow")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,7 +42,7 @@ class ActNorm(FlowTransform):
 
     def __init__(self, event_shape: int | Sequence[int], *, cache_size: int = 1) -> None:
         shape = Size([event_shape] if isinstance(event_shape, int) else event_shape)
-        if shape.numel() < 1 or not shape:
+        if not shape or min(shape) < 1:
             raise ValueError(
                 f"an event needs one dimension and one entry at least, got {tuple(shape)}; use (C, H, W) or (D,)"
             )

@@ -18,7 +18,8 @@ from pyro_affine.linear import LowerTriangularAffine
 from pyro_affine.regression import ridge
 from pyro_affine.scales import AdditiveScale
 
-_REGRESSION_ROWS = 50_000  # they go through the encoder at once
+_REGRESSION_ENTRIES = 50_000_000  # of the context, in float64: 400 MB
+_ENCODED_ROWS = 10_000  # at once
 
 
 class AmortisedDensity(nn.Module):
@@ -87,12 +88,14 @@ class AmortisedDensity(nn.Module):
         if not self.standardized:
             self.encoder.fit(packed)
             self.flow.standardize(latents)
-            self._regress(latents[:_REGRESSION_ROWS], packed[:_REGRESSION_ROWS])
+            rows = _REGRESSION_ENTRIES // self.encoder.context_dim
+            self._regress(latents[:rows], packed[:rows])
             self.standardized = True
 
     def _regress(self, latents: Tensor, packed: Tensor) -> None:
         standardized, _ = self.flow.chain.parts[-1]._backward(latents)
-        context = self.encoder(packed) * self.encoder.is_fixed  # large weights on what is trained would shake it
+        context = torch.cat([self.encoder(rows) for rows in packed.split(_ENCODED_ROWS)])
+        context = context * self.encoder.is_fixed  # large weights on what is trained would shake it
         weight, bias, tril = ridge(context, standardized)
         linear: Any = self.regression.coupling.conditioner
         linear = linear.network.from_context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,7 +50,10 @@ class AmortisedPosterior:
         kwargs: dict[str, Any] | None = None,
         reason: str = "",
     ) -> None:
-        self.data = {name: _as_tensor(value, density.encoder.loc.dtype) for name, value in data.items()}
+        if not isinstance(data, Mapping):
+            sites = list(density.encoder.shapes)
+            raise ValueError(f"data must be a dict of values by site, got {type(data).__name__}; its keys are {sites}")
+        self.data = {name: _as_tensor(name, value, density.encoder.loc.dtype) for name, value in data.items()}
         self._layout, self._model, self._args, self._kwargs = layout, model, args, kwargs or {}
         self._reason = reason
         packed = _packed(density, self.data)
@@ -81,6 +85,22 @@ class AmortisedPosterior:
         log_prob = self._vectors.log_prob(u) - self._layout.log_det(u)
         return torch.where(inside, log_prob, -torch.inf)
 
+    @torch.no_grad()
+    def wide_draws(self, num_draws: int, share: float) -> tuple[dict[str, Tensor], Tensor]:
+        """Draws as wide as the region that all but a share of plain draws lie in, and their log-densities in nats.
+
+        Base draws are stretched until their mean square is the (1 - share)-quantile of that of plain ones, a chi-square
+        over D, by Wilson and Hilferty's cube: about half of them lie in the region of a Gaussian posterior.
+        """
+        base, flow, size = self._vectors.base_dist, self._vectors.transforms[0], self._layout.size
+        variance = 2 / (9 * size)
+        z = math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * share, dtype=torch.float64)))
+        factor = (1 - variance + z * math.sqrt(variance)) ** 1.5
+        x = base.sample((num_draws,))
+        u = flow(factor * x)
+        log_det = flow.log_abs_det_jacobian(factor * x, u) + size * math.log(factor)
+        return self._layout.constrain(u), base.log_prob(x) - log_det - self._layout.log_det(u)
+
     def guide(self) -> AutoContinuous:
         """A Pyro guide with the draws of this posterior, for the model conditioned on the data; nothing to train."""
         return _PosteriorGuide(self._require_model(), self._vectors)
@@ -103,7 +123,7 @@ class AmortisedPosterior:
         Raises:
             ValueError: for options that need a likelihood where there is none, or a batch of data sets.
         """
-        self._require_one_data_set()
+        self.require_one_data_set()
         if self._model is not None:
             call: dict[str, Any] = {"num_draws": num_draws, "seed": seed, **options, **self._kwargs}
             return to_arviz(self._require_model(), self.guide(), *self._args, **call)
@@ -115,14 +135,19 @@ class AmortisedPosterior:
         attrs = {"posterior": {"draws": "of the amortised posterior, without weights"}}
         return inference_data({"posterior": draws, "observed_data": data}, attrs=attrs, **known)
 
-    def _require_one_data_set(self) -> None:
+    def require_one_data_set(self) -> None:
+        """Refuse a batch of data sets.
+
+        Raises:
+            ValueError: with the shape of the batch.
+        """
         if self.batch_shape:
             raise ValueError(
                 f"this is for one data set, got a batch of shape {tuple(self.batch_shape)}; condition on one of them"
             )
 
     def _require_model(self) -> Callable[..., Any]:
-        self._require_one_data_set()
+        self.require_one_data_set()
         if self._model is None:
             raise ValueError(
                 f"the model must have a likelihood to weigh draws with, but {self._reason}; check the posterior by "
@@ -143,8 +168,14 @@ def _packed(density: AmortisedDensity, data: Mapping[str, Tensor]) -> Tensor:
     return packed
 
 
-def _as_tensor(value: Any, dtype: torch.dtype) -> Tensor:
-    tensor = torch.as_tensor(value)
+def _as_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the data of site '{name}' must be numbers in a tensor, an array or nested lists of one length, got "
+            f"{type(value).__name__} ({error}); missing rows are NaN"
+        ) from error
     return tensor.to(dtype) if tensor.is_floating_point() else tensor  # counts stay integers
 
 

@@ -83,6 +83,8 @@ class RowCheck:
                 f"convert it with torch.as_tensor(x, dtype=torch.{short}) (counts and bytes: add uniform noise first), "
                 "or the flow with flow.to(dtype)"
             )
+        if not value.numel():
+            raise ValueError(f"{name} must have one row and one entry at least, got shape {tuple(value.shape)}")
         finite = torch.isfinite(value).reshape(len(value) if value.dim() else 1, -1).all(-1)
         if not finite.all():
             first = int((~finite).nonzero()[0])
@@ -180,6 +182,9 @@ class LoaderBatches:
         generator = getattr(self._loader, "generator", None)
         own = None if generator is None else generator.get_state()
         self._start = {"random_state": random_state(), "generator": own}
+        sampler: Any = getattr(self._loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):  # a DistributedSampler has the same order in each epoch unless it is told
+            sampler.set_epoch(int(torch.randint(2**31, ())))
         self._batches, self._taken = iter(self._loader), 0
 
     def first(self, limit: int) -> Rows:

@@ -38,6 +38,6 @@ class BoundedInput(nn.Module):
         result: tuple[Tensor, Tensor | None] = self.conditioner(bounded, context)
         return result
 
-    def extra_repr(self) -> str:
-        """Bound, for ``repr``."""
-        return f"bound={self.bound}"
+    def __repr__(self) -> str:
+        """One line, as the constructor takes it."""
+        return f"{type(self).__name__}({self.conditioner!r}, bound={self.bound})"

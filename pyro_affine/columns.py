@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -19,9 +20,13 @@ from torch.distributions import (
 )
 from torch.distributions.transforms import StackTransform, identity_transform
 
+from pyro_affine.batches import RowCheck
 from pyro_affine.fit_density import fit_density
 from pyro_affine.fit_result import FitResult
 from pyro_affine.flows import NormalizingFlow, real_nvp
+from pyro_affine.random_state import seeded
+from pyro_affine.stored_batches import sample_stored
+from pyro_affine.stored_rows import is_stored, stored_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -84,15 +89,31 @@ class TableDensity(nn.Module):
         """The distribution of rows as a tensor, for ``pyro.sample``. Event shape: (number of columns,)."""
         return dist.TransformedDistribution(self.flow(), [self.transform])
 
-    def fit(self, frame: DataFrame, **options: Any) -> FitResult:
-        """Fit the flow to a frame by ``fit_density``, which takes the options.
+    def fit(self, frame: DataFrame | Any, **options: Any) -> FitResult:
+        """Fit the flow by ``fit_density``, which takes the options, to a frame or to Parquet as in ``stored_rows``.
 
         The scores in the result are those of u, the columns on the whole real line.
         """
+        if is_stored(frame):
+            return self._fit_stored(frame, options)
         rows = self._rows(frame)
-        self.cuts.copy_(torch.stack([_cut(kind, rows[:, j]) for j, kind in enumerate(self.columns.values())]))
+        self._put_cuts(rows)
         unconstrained, _ = self._unconstrained(rows, noise=True)
         return fit_density(self.flow, unconstrained, **options)
+
+    def _fit_stored(self, data: Any, options: dict[str, Any]) -> FitResult:
+        rows = stored_rows(data, list(self.columns))
+        self._put_cuts(sample_stored(rows, None, RowCheck(None, torch.float64)).value.to(self.cuts))
+
+        def read(start: int, stop: int) -> Any:
+            checked = self._checked(rows.tensor(start, stop, torch.float64).to(self.cuts))
+            with seeded(start):  # the noise of integers is the same each time
+                return self._unconstrained(checked, noise=True)[0].cpu().numpy()
+
+        return fit_density(self.flow, replace(rows, read=read), **options)
+
+    def _put_cuts(self, rows: Tensor) -> None:
+        self.cuts.copy_(torch.stack([_cut(kind, rows[:, j]) for j, kind in enumerate(self.columns.values())]))
 
     @torch.no_grad()
     def log_prob(self, frame: DataFrame, num_draws: int = 16) -> Tensor:
@@ -137,7 +158,10 @@ class TableDensity(nn.Module):
                 f"the frame must be a DataFrame with the columns {list(self.columns)}, got {type(frame).__name__} "
                 f"without {missing}; name them so, or declare other columns"
             )
-        rows = torch.as_tensor(frame[list(self.columns)].to_numpy(dtype="float64", copy=True)).to(self.cuts.device)
+        rows = frame[list(self.columns)].to_numpy(dtype="float64", copy=True)
+        return self._checked(torch.as_tensor(rows).to(self.cuts.device))
+
+    def _checked(self, rows: Tensor) -> Tensor:
         for (name, kind), values in zip(self.columns.items(), rows.unbind(-1), strict=True):
             _check_values(name, kind, values)
         return rows

@@ -15,11 +15,11 @@ from pyro.distributions.conditional import (
 from torch import Size, Tensor, nn
 from torch.distributions import ComposeTransform, Transform, constraints
 from torch.distributions.transforms import _InverseTransform
-from torch.distributions.utils import _sum_rightmost
 
 from pyro_affine.foreign import Foreign
 from pyro_affine.fused import Entry, Plan, can_fuse
 from pyro_affine.memory import Memory, Step, require_memory, run_steps, saves_memory
+from pyro_affine.normal import sum_event
 from pyro_affine.transform import FlowTransform, _require_finite
 
 
@@ -116,7 +116,7 @@ class ComposeFlow(FlowTransform):
             return run_steps(list(self._steps(is_forward=True)), x, self.memory)
         for index, part, extra_dims in self._entries(x):
             x, log_det = part._forward(x)
-            log_dets.append(_sum_rightmost(log_det, extra_dims) if extra_dims else log_det)
+            log_dets.append(sum_event(log_det, extra_dims))
             if self.guard or part.guard:
                 _require_finite(x, f"part {index}, {type(part).__name__},")
         return x, _total(log_dets)
@@ -127,7 +127,7 @@ class ComposeFlow(FlowTransform):
             return run_steps(list(self._steps(is_forward=False))[::-1], y, self.memory)
         for index, part, extra_dims in reversed(self._entries(y)):
             y, log_det = part._backward(y)
-            log_dets.append(_sum_rightmost(log_det, extra_dims) if extra_dims else log_det)
+            log_dets.append(sum_event(log_det, extra_dims))
             if self.guard or part.guard:
                 _require_finite(y, f"the inverse of part {index}, {type(part).__name__},")
         return y, _total(log_dets)

@@ -71,6 +71,13 @@ class _VectorConditioner(nn.Module):
         """Sizes, as the constructor takes them."""
         return f"input_dim={self.input_dim}, output_dim={self.output_dim}, context_dim={self.context_dim}"
 
+    def __repr__(self) -> str:
+        """One line, with the layers of the network in turn: a stack of couplings is to fit on a screen."""
+        leaves = [module for module in self.network.modules() if not any(True for _ in module.children())]
+        layers = " ".join(str(m.out_features) if isinstance(m, nn.Linear) else repr(m) for m in leaves)
+        twice = "twice " if self.raw_network is not None else ""
+        return f"{type(self).__name__}({self.extra_repr()}, layers: {twice}{layers})"
+
     def _check_kept(self, kept: Tensor) -> None:
         if kept.shape[-1:] != (self.input_dim,):
             raise ValueError(
@@ -109,6 +116,7 @@ class MLP(_VectorConditioner):
         context_dim: size of the context, 0 for none.
         activation: class or factory of a module, called without arguments once for each hidden layer. The
             default SiLU is smooth, as Hamiltonian Monte Carlo and second derivatives want it.
+        dropout: share of the hidden values, in [0, 1), that training mode sets to zero; ``eval()`` switches it off.
         separate: True builds two networks, one for each result; False one network with both.
         shift_only: True emits no raw scale, for ``AdditiveScale``; ``separate`` then changes nothing.
 
@@ -129,21 +137,22 @@ class MLP(_VectorConditioner):
         *,
         context_dim: int = 0,
         activation: Callable[[], nn.Module] = nn.SiLU,
+        dropout: float = 0.0,
         separate: bool = False,
         shift_only: bool = False,
     ) -> None:
         super().__init__(input_dim, output_dim, context_dim)
-        if any(size < 1 for size in hidden_dims):
+        if isinstance(hidden_dims, int) or any(size < 1 for size in hidden_dims):
             raise ValueError(
-                f"each hidden size must be 1 or more, got hidden_dims={tuple(hidden_dims)}; "
-                "leave a layer out instead of giving it the size 0"
+                f"each hidden size must be 1 or more, got hidden_dims={hidden_dims}; "
+                "leave a layer out instead of giving it the size 0, and write (64,) for one layer"
             )
 
         def make_network(num_outputs: int) -> nn.Module:
             sizes = (*hidden_dims, num_outputs)
             layers: list[nn.Module] = []
             for size, next_size in pairwise(sizes):
-                layers += [_make_activation(activation), nn.Linear(size, next_size)]
+                layers += [_make_activation(activation, dropout), nn.Linear(size, next_size)]
             return _Network(input_dim, context_dim, sizes[0], layers)
 
         self._build(make_network, separate, shift_only)
@@ -164,6 +173,8 @@ class ResidualMLP(_VectorConditioner):
         context_dim: size of the context, 0 for none.
         activation: class or factory of a module, called without arguments twice for each block and once for
             the end. The default SiLU is smooth.
+        dropout: share of the values inside each block, in [0, 1), that training mode sets to zero before the block's
+            second linear layer; ``eval()`` switches it off.
         separate: True builds two networks, one for each result; False one network with both.
         shift_only: True emits no raw scale, for ``AdditiveScale``; ``separate`` then changes nothing.
 
@@ -187,6 +198,7 @@ class ResidualMLP(_VectorConditioner):
         *,
         context_dim: int = 0,
         activation: Callable[[], nn.Module] = nn.SiLU,
+        dropout: float = 0.0,
         separate: bool = False,
         shift_only: bool = False,
     ) -> None:
@@ -198,7 +210,7 @@ class ResidualMLP(_VectorConditioner):
             )
 
         def make_network(num_outputs: int) -> nn.Module:
-            layers: list[nn.Module] = [_ResidualBlock(hidden_dim, activation) for _ in range(num_blocks)]
+            layers: list[nn.Module] = [_ResidualBlock(hidden_dim, activation, dropout) for _ in range(num_blocks)]
             layers += [_make_activation(activation), nn.Linear(hidden_dim, num_outputs)]
             return _Network(input_dim, context_dim, hidden_dim, layers)
 
@@ -237,12 +249,12 @@ class _Network(nn.Module):
 class _ResidualBlock(nn.Module):
     """hidden + linear(activation(linear(activation(hidden))))."""
 
-    def __init__(self, hidden_dim: int, activation: Callable[[], nn.Module]) -> None:
+    def __init__(self, hidden_dim: int, activation: Callable[[], nn.Module], dropout: float) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             _make_activation(activation),
             nn.Linear(hidden_dim, hidden_dim),
-            _make_activation(activation),
+            _make_activation(activation, dropout),
             nn.Linear(hidden_dim, hidden_dim),
         )
 
@@ -251,7 +263,10 @@ class _ResidualBlock(nn.Module):
         return outputs
 
 
-def _make_activation(activation: Callable[[], nn.Module]) -> nn.Module:
+def _make_activation(activation: Callable[[], nn.Module], dropout: float = 0.0) -> nn.Module:
+    """An activation, with dropout behind it in one Module, so that linear layers keep their places and names."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be a share in [0, 1), got {dropout}; 0 for none, 0.1 or 0.2 for short tables")
     cause = None
     try:
         module = None if isinstance(activation, nn.Module) else activation()
@@ -263,7 +278,7 @@ def _make_activation(activation: Callable[[], nn.Module]) -> nn.Module:
             f"got {activation!r}; pass a class such as nn.SiLU (not nn.SiLU(), not F.silu), or a factory "
             "such as lambda: nn.LeakyReLU(0.1)"
         ) from cause
-    return module
+    return nn.Sequential(module, nn.Dropout(dropout)) if dropout else module
 
 
 def _can_broadcast(shape: Sequence[int], other: Sequence[int]) -> bool:

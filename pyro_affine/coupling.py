@@ -92,6 +92,11 @@ class AffineCoupling(FlowTransform):
         """Boolean, True = kept. Shape: event_shape."""
         return self.partition.mask
 
+    def __repr__(self) -> str:
+        """One line where the conditioner has one, so that a stack fits on a screen."""
+        parts = f"{self.partition.extra_repr()}, {self.conditioner!r}, {self.scale!r}"
+        return super().__repr__() if "\n" in parts else f"{type(self).__name__}({parts})"
+
     def _affine(self, kept: Tensor) -> tuple[Tensor, Tensor]:
         result = self.conditioner(kept) if self.context is None else self.conditioner(kept, self.context)
         shift, raw = result if isinstance(result, tuple) and len(result) == 2 else (None, None)

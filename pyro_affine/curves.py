@@ -18,6 +18,7 @@ _LONGEST_FITTED = 5.0  # one sd beyond the last knot it is off by 9 %, which tra
 _ROWS_TRIED = 20_000  # by which a curve is compared with a normal
 _NARROWEST = 0.01  # bin, in standard deviations: a spike of the data gives at most 5 nats or so
 _LOWEST = 0.02  # bin, in base standard deviations
+_COLUMNS_AT_ONCE = 64  # are sorted and fitted: all 784 of mnist at once would take gigabytes
 
 
 class Curves(FlowTransform):
@@ -78,18 +79,25 @@ class Curves(FlowTransform):
         Returns:
             How many entries got a curve.
         """
-        rows = data.reshape(len(data), -1).double()
-        some = rows[:_ROWS_TRIED]
-        curved = sum(map(self._gain, (some[::2], some[1::2]), (some[1::2], some[::2]))) > 0 if len(rows) > 9 else False
-        columns = _place(rows.T.sort(-1).values, self.knots.shape[-1])
-        straight = _line(rows, self.knots.shape[-1])
-        for tensor, curve, line in zip(self._columns(), columns, straight, strict=True):
-            tensor.copy_(
-                torch.where(torch.as_tensor(curved).to(rows.device).reshape(-1, 1), curve, line).view_as(tensor)
-            )
+        num_curved = 0
+        for start, block in enumerate(data.reshape(len(data), -1).split(_COLUMNS_AT_ONCE, -1)):
+            found, curved = self._fitted(block.double())
+            num_curved += curved
+            for tensor, values in zip(self._columns(), found, strict=True):
+                own = tensor.view(len(self.knots), -1)[start * _COLUMNS_AT_ONCE :][: len(values)]
+                own.copy_(values.view_as(own))
         if not self.log_reach.requires_grad:
             self.log_reach.fill_(_LOG_REACH)
-        return int(torch.as_tensor(curved).sum())
+        return num_curved
+
+    def _fitted(self, rows: Tensor) -> tuple[list[Tensor], int]:
+        """What ``_columns`` of these entries are to be, and how many got a curve. Shape: (N, D)."""
+        some, num_knots = rows[:_ROWS_TRIED], self.knots.shape[-1]
+        pairs = (some[::2], some[1::2]), (some[1::2], some[::2])
+        curved = sum(map(self._gain, *pairs)) > 0 if len(rows) > 9 else torch.tensor(False)
+        which = torch.as_tensor(curved, device=rows.device).expand(rows.shape[-1])[:, None]
+        curves, lines = _place(rows.T.sort(-1).values, num_knots), _line(rows, num_knots)
+        return [torch.where(which, curve, line) for curve, line in zip(curves, lines, strict=True)], int(which.sum())
 
     def _gain(self, rows: Tensor, others: Tensor) -> Tensor:
         """Mean log-density of the curve fitted to ``rows`` minus that of a normal, on ``others``. Shape: (D,)."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +12,12 @@ from torch import Tensor, nn
 
 from pyro_affine.actnorm import initialize_actnorms
 from pyro_affine.batches import Rows
+from pyro_affine.compiled import Compile, CompiledFunction
+from pyro_affine.distributed import ALONE, Processes
+from pyro_affine.random_state import seeded
+from pyro_affine.weight_decay import raise_decay
 
-_CHUNK = 4096  # rows scored at once, without gradients
+_CHUNK, _CHUNK_ENTRIES = 4096, 2**20  # rows, and numbers in them, scored at once, without gradients
 _SAMPLE = 10_000  # training rows that the weights to keep are chosen by where no rows are held out
 
 
@@ -41,6 +47,9 @@ class DensityTask:
         batches: the training data.
         held_out: rows to score, or None.
         arguments: what a checkpoint must agree with.
+        processes: among which the rows of each minibatch are split, if they all have the same; batches that differ are
+            shares already.
+        compile: whether to compile the loss of a step, and how.
 
     Raises:
         ValueError: if the flow does not give one log-density for each row.
@@ -50,14 +59,30 @@ class DensityTask:
     loss_name, score_name = "train", "held out"
     remedy = "Look for extreme rows in the data, use a bounded scale map such as AtanScale, or lower learning_rate."
 
-    def __init__(self, flow: nn.Module, batches: Batches, held_out: Rows | None, *, arguments: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        flow: nn.Module,
+        batches: Batches,
+        held_out: Rows | None,
+        *,
+        arguments: dict[str, Any],
+        processes: Processes = ALONE,
+        compile: Compile = False,
+    ) -> None:
         self.flow, self.batches, self.held_out, self.arguments = flow, batches, held_out, arguments
+        self.processes, self.weight, self._num_prepared = processes, 0.0, 0
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.decays: list[float] = []
+        self._has_all: bool | None = None  # whether batches have the rows of all processes
+        self._loss: Callable[..., Tensor] = self._mean_loss
+        if compile:
+            self._loss = CompiledFunction(self._mean_loss, list(self.parameters().values()), compile)
         self._device = next(iter([*flow.parameters(), *flow.buffers()])).device
         self._sample = batches.first(_SAMPLE) if held_out is None else held_out
         self._batch = self._sample[:2].to(self._device)
         self._entries = self._batch.value[0].numel()
         self._is_image = self._batch.value.dim() == 4
-        shape = self._score(self._batch).shape
+        shape = self._score_alone(self._batch).shape
         if shape != (len(self._batch.value),):
             raise ValueError(
                 f"log_prob must give one value for each row, got shape {tuple(shape)} for {len(self._batch.value)} "
@@ -69,16 +94,31 @@ class DensityTask:
         return {name: p for name, p in self.flow.named_parameters() if p.requires_grad}
 
     def prepare(self) -> None:
-        """Fetch a minibatch."""
-        self._batch = self.batches.next().to(self._device)
+        """Fetch a minibatch, and take the share of this process."""
+        batch = self.batches.next()
+        self._num_prepared += 1
+        if self._has_all is None:
+            self._has_all = self.processes.size == 1 or self.processes.agree(_digest(batch.value))
+        own = batch[self.processes.share(len(batch.value))] if self._has_all else batch
+        self.weight = float(len(own.value))
+        self._batch = (own if len(own.value) else batch[:1]).to(self._device)
 
     def loss(self) -> Tensor:
         """Mean negative log-density of the minibatch, in nats."""
-        return -self._log_prob(self._batch).mean()
+        with seeded(self._own_seed()):
+            return self._loss(self._batch.value, self._batch.context)
+
+    def _mean_loss(self, value: Tensor, context: Tensor | None) -> Tensor:
+        return -self._log_prob(Rows(value, context)).mean()
+
+    def _own_seed(self) -> int | None:
+        """For what a flow draws, such as dropout, which must not move the order in which each process gets its data."""
+        number = self._num_prepared * self.processes.size + self.processes.rank
+        return None if self.processes.size == 1 else ((self.arguments.get("seed") or 0) + number) % 2**63
 
     def grow(self) -> bool:
-        """Minibatches keep their size."""
-        return False
+        """Hold the weights of networks nearer to zero, since they learn rows by heart; False if near enough."""
+        return self.optimizer is not None and raise_decay(self.optimizer, self.decays)
 
     def scores(self) -> Tensor | None:
         """Log-densities of the held-out rows, in nats."""
@@ -88,11 +128,17 @@ class DensityTask:
         """Log-densities of the held-out rows, or of some training rows where there are none."""
         return self._score(self._sample)
 
-    @torch.no_grad()
     def _score(self, rows: Rows) -> Tensor:
+        """Log-densities of the rows, each computed by one of the processes."""
+        own = rows[self.processes.share(len(rows.value))]
+        return self.processes.gathered(self._score_alone(own) if len(own.value) else torch.empty(0))
+
+    @torch.no_grad()
+    def _score_alone(self, rows: Rows) -> Tensor:
         self.flow.eval()
-        starts = range(0, len(rows.value), _CHUNK)
-        chunks = [self._log_prob(rows[start : start + _CHUNK].to(self._device)) for start in starts]
+        size = min(_CHUNK, max(_CHUNK_ENTRIES // self._entries, 1))
+        starts = range(0, len(rows.value), size)
+        chunks = [self._log_prob(rows[start : start + size].to(self._device)) for start in starts]
         self.flow.train()
         return torch.cat(chunks).cpu()
 
@@ -123,11 +169,16 @@ class DensityTask:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the data."""
-        return self.batches.state_dict()
+        return {**self.batches.state_dict(), "num_prepared": self._num_prepared}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.batches.load_state_dict(state)
+        self._num_prepared = state["num_prepared"]
+
+
+def _digest(values: Tensor) -> bytes:
+    return hashlib.sha256(values.cpu().contiguous().view(torch.uint8).numpy().tobytes()).digest()
 
 
 def layers(flow: nn.Module, context: Tensor | None = None) -> list[tuple[str, Any]]:

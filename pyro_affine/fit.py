@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from pyro_affine.compiled import Compile
+from pyro_affine.distributed import joined
 from pyro_affine.fit_result import FitResult
 from pyro_affine.guide_task import GuideTask
 from pyro_affine.parameters import ParameterFinder
@@ -42,6 +44,8 @@ def fit_guide(
     decay: float = 0.5,
     tolerance: float | None = 0.01,
     evaluate_every: int = 250,
+    compile: Compile = False,
+    compile_model: bool = False,
     seed: int | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -62,6 +66,8 @@ def fit_guide(
     when the same call is made again; on a CPU, with ``num_steps``, to the same weights bit for bit. The parameters
     are those that Pyro finds: ``pyro.param``, ``pyro.module`` and PyroModules, in the guide and the model.
 
+    Under ``torchrun`` the draws of a step are split among its processes, rounded up; see docs/many_processes.md.
+
     Args:
         model: a Pyro model.
         guide: a Pyro guide for it, such as ``AutoRealNVP(model)``.
@@ -79,6 +85,11 @@ def fit_guide(
         tolerance: improvement between evaluations, in nats, below which the ELBO is on a plateau; None to use the
             whole budget.
         evaluate_every: steps between evaluations of the ELBO, each on the same 1024 draws (64 if one by one).
+        compile: True compiles the way of the draws through the guide by ``torch.compile``; also a mode, or a dict of
+            its arguments. It takes a minute, see docs/compile.md.
+        compile_model: whether to record the operations of the model once and play them back, which makes small models
+            several times as fast; for those that neither branch on values nor change from call to call. Where this or
+            ``compile`` can not be done, a warning says so.
         seed: makes the fit reproducible; torch's random state is put back after it.
         progress: whether to show a bar, in a terminal or a notebook.
         checkpoint: file that the fit is saved to, and resumed from if it is there.
@@ -95,6 +106,7 @@ def fit_guide(
             good weights.
         ValueError: if an argument is out of range, the guide lacks a latent site, there is nothing to train, or the
             checkpoint is damaged or of another fit.
+        LostProcessError: if another process of several fails.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoNormal
@@ -105,22 +117,20 @@ def fit_guide(
     """
     options = LoopOptions(warmup, evaluate_every, checkpoint, every, progress)
     num_steps = _STEPS if num_steps is None and seconds is None else num_steps
-    budget = Budget(num_steps, seconds, decay=decay)
     pair = Pair(model, guide, args, kwargs or {})
-    with seeded(seed), _without_nan_warnings():
+    with joined() as processes, seeded(processes.seed(seed)), _without_nan_warnings():
+        budget = Budget(num_steps, seconds, decay=decay, clock=processes.clock if seconds else None)
         finder = ParameterFinder({"guide": guide, "model": model})
         model_trace, _ = pair.prototype()
-        nesting, reason = pair.find_nesting()
+        nesting, reason = processes.from_first(pair.find_nesting())
         _start_warm(pair, nesting, num_steps, seconds)
-        task = GuideTask(pair, num_particles, nesting=nesting, reason=reason, seed=seed)
+        task = GuideTask(pair, num_particles, nesting=nesting, reason=reason, seed=seed, processes=processes)
         weights = Weights(finder.find(task.touch_parameters), finder.modules)
-        task.use_direct_loss(list(weights.parameters.values()))
-        if seconds is not None:
-            task.grow_if_cheap(seconds)
+        _prepare(task, weights, seconds, compile=compile, compile_model=compile_model)
         rate = _default_rate(model_trace, task.num_particles) if learning_rate is None else learning_rate
         optimizer_made = make_optimizer(optimizer, list(weights.parameters.values()), lr=rate)
-        rule = Plateau(tolerance)
-        fit = TrainingLoop(task, weights, optimizer_made, budget=budget, rule=rule, options=options).run()
+        fit = TrainingLoop(task, weights, optimizer_made, budget=budget, rule=Plateau(tolerance), options=options).run()
+        processes.align(weights)
         _warn_of_precision(fit, weights)
         return fit
 
@@ -132,6 +142,17 @@ def _start_warm(pair: Pair, nesting: int | None, num_steps: int | None, seconds:
         num_runs = None if num_steps is None else math.ceil(_START_SHARE * num_steps)
         limit = None if seconds is None else _START_SHARE * seconds
         start(pair.model, pair.args, pair.kwargs, nesting=nesting, seconds=limit, num_runs=num_runs)
+
+
+def _prepare(
+    task: GuideTask, weights: Weights, seconds: float | None, *, compile: Compile, compile_model: bool
+) -> None:
+    """Weights, the loss and the number of draws are the same in all processes from here on."""
+    task.processes.align(weights)
+    task.use_direct_loss(list(weights.parameters.values()), compile=compile, compile_model=compile_model)
+    if seconds is not None:
+        task.grow_if_cheap(seconds)
+    task.load_state_dict(task.processes.from_first(task.state_dict()))
 
 
 def _default_rate(model_trace: Any, num_particles: int) -> float:

@@ -13,20 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from pyro_affine.batches import LoaderBatches, RowBatches, RowCheck, Rows
-from pyro_affine.density_task import DensityTask, initialize_layers
+from pyro_affine.compiled import Compile
+from pyro_affine.density_task import Batches, DensityTask, initialize_layers
+from pyro_affine.distributed import joined
 from pyro_affine.fit_result import FitResult
 from pyro_affine.random_state import new_seed, seeded
 from pyro_affine.stopping import Budget, Patience, mean_and_error
+from pyro_affine.stored_batches import sample_stored, split_stored
+from pyro_affine.stored_rows import StoredRows, is_stored
 from pyro_affine.task import LoopOptions, OptimizerFactory, make_optimizer
 from pyro_affine.trained_weights import Weights
 from pyro_affine.training import TrainingLoop
+from pyro_affine.weight_decay import decay_groups, rising_decays
 
-Data = Tensor | np.ndarray[Any, Any] | Iterable[Any]
+Data = Tensor | np.ndarray[Any, Any] | str | os.PathLike[str] | StoredRows | Iterable[Any]
 
 _STEPS, _EPOCHS = 10_000, 20  # by default, whichever is more; patience ends most fits earlier
-_STEPS_BETWEEN_EVALUATIONS = 100  # small data have epochs of a few steps, too few to learn much in
+_STEPS_BETWEEN_EVALUATIONS = 20  # small data have epochs of a few steps, too few to learn much in
 _INITIAL_ROWS = 512  # what layers that start from data see
 _STATISTICS_ROWS = 100_000  # means and standard deviations to a third of a percent
 
@@ -41,13 +47,15 @@ def fit_density(
     num_steps: int | None = None,
     num_epochs: int | None = None,
     seconds: float | None = None,
-    patience: int = 10,
+    patience: int = 5,
     learning_rate: float = 5e-3,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
+    average: bool = True,
     optimizer: OptimizerFactory = torch.optim.AdamW,
     warmup: int = 50,
     decay: float = 0.5,
     standardize: bool = True,
+    compile: Compile = False,
     seed: int | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -55,13 +63,17 @@ def fit_density(
 ) -> FitResult:
     """Fit a flow to data by maximising the mean log-density of minibatches.
 
-    Part of the rows is held out and scored after each epoch (of 100 steps at least) or tenth of the budget. When
-    ``patience`` such scores in a row bring no new best, the fit goes back to the best weights and lets the learning
-    rate fall to zero by a cosine, as it does at the latest over the last part of its budget; when patience runs out
-    again past the middle of that part, it ends. The averaged, last or best weights are kept, whichever score best on
-    the held-out rows, or those from before the first step, which make a new flow the Gaussian copula of the data, if
-    training improved on that by less than a standard error. Gradients are clipped at twice the running median of their
-    norms; steps above ten times it, or not finite, are left out.
+    Part of the rows is held out and scored after each epoch (of 20 steps at least) or tenth of the budget, under the
+    moving average of the weights. When ``patience`` such scores in a row bring no new best, the fit goes back to the
+    best weights. The first two times it goes on with a higher weight decay, which keeps networks from learning short
+    tables by heart; after that it lets the learning rate fall to zero by a cosine, as it does at the latest over the
+    last part of its budget; when patience runs out again past the middle of that part, it ends. The averaged, last or
+    best weights are kept, whichever score best on the held-out rows, or those from before the first step, which make a
+    new flow the Gaussian copula of the data, if training improved on that by less than a standard error. Gradients are
+    clipped at twice the running median of their norms; steps above ten times it, or not finite, are left out.
+
+    Training mode, and with it dropout, is on for steps and off for scores. A flow with dropout is handed back in
+    evaluation mode, any other in the mode from before.
 
     Before the first step the flow stores the units of the data, if it has a method ``fit_units(rows)`` or
     ``standardize(rows)``; log-densities stay those of the data as given. Layers with a method ``initialize(rows)``
@@ -70,12 +82,16 @@ def fit_density(
     Ctrl-C ends the fit and keeps what was trained. With ``checkpoint``, a fit that was stopped in any way goes on
     when the same call is made again; on a CPU, with a budget in steps, to the same weights bit for bit.
 
+    Under ``torchrun`` the rows of each minibatch are split among its processes; see docs/many_processes.md.
+
     Args:
         flow: a Module with ``log_prob(value)``, or ``log_prob(value, context)``, such as ``NormalizingFlow``.
-        data: rows, shape (N,) + event_shape, as a tensor or NumPy array; or a ``DataLoader`` of values, or of pairs
-            of values and contexts.
+        data: rows, shape (N,) + event_shape, as a tensor or NumPy array; or on disk, as the path of a .npy or .parquet
+            file, a ``numpy.memmap``, or ``stored_rows``; or a ``DataLoader`` of values, or of pairs of values and
+            contexts.
         context: one row for each row of the data, for a conditional flow.
-        validation: share of the rows to hold out; or rows, a pair of rows and contexts, or a loader; None for none.
+        validation: share of the rows to hold out, of those on disk up to 50,000; or rows, a pair of rows and
+            contexts, or a loader; None for none.
         batch_size: rows in a minibatch; a loader brings its own.
         num_steps: the longest that the fit may take, in steps.
         num_epochs: the longest that it may take, in passes over the training rows.
@@ -83,11 +99,18 @@ def fit_density(
             of the three: 10,000 steps or 20 epochs, whichever is more.
         patience: number of scores without a new best to wait for.
         learning_rate: the highest.
-        weight_decay: decay of the weights at each step, as in AdamW.
-        optimizer: called with (parameters, lr=..., weight_decay=...).
+        weight_decay: of the weights of linear and convolutional layers, as in AdamW; biases, units, curves and base do
+            not decay. By default none at first, and with AdamW what ``rising_decays`` in ``weight_decay`` says, each
+            time that scores stop rising.
+        average: whether the moving average of the weights is scored, over about the last tenth of the steps up to the
+            last thousand, or the weights themselves. Its values are a candidate at the end in any case.
+        optimizer: called with (groups of parameters, lr=...); the weight decay is part of the groups.
         warmup: number of steps over which the learning rate rises; at most a tenth of ``num_steps``.
         decay: share of the fit over which it falls.
         standardize: whether the flow stores the units of the data; not repeated when its flag ``standardized`` is set.
+        compile: True compiles the loss of a step by ``torch.compile``, with the same weights in the end up to
+            rounding; also a mode such as "max-autotune", or a dict of arguments. It takes a minute, see
+            docs/compile.md; where it can not be done, a warning says so.
         seed: makes the fit reproducible; torch's random state is put back after it.
         progress: whether to show a bar, in a terminal or a notebook.
         checkpoint: file that the fit is saved to, and resumed from if it is there.
@@ -101,6 +124,7 @@ def fit_density(
             good weights.
         ValueError: if the data are not finite, not of the flow's shape or dtype, or an argument is out of range, or
             the checkpoint is damaged or of another fit.
+        LostProcessError: if another process of several fails.
 
     >>> from pyro_affine import NormalizingFlow, real_nvp
     >>> flow = NormalizingFlow(real_nvp(2, num_layers=2), 2)
@@ -109,46 +133,68 @@ def fit_density(
     >>> fit.reason
     'num_steps'
     """
-    with seeded(seed), _in_training(flow):
+    with joined() as processes, seeded(processes.seed(seed)), _in_training(flow):
         batches, held_out = _split(data, context, validation, batch_size=batch_size, seed=seed, check=RowCheck.of(flow))
-        steps = _num_steps(num_steps, num_epochs, seconds, batches.per_epoch)
-        budget = Budget(steps, seconds, decay=decay)
+        steps = _num_steps(num_steps, num_epochs, seconds, per_epoch := processes.from_first(batches.per_epoch))
+        budget = Budget(steps, seconds, decay=decay, clock=processes.clock if seconds else None)
         _prepare_layers(flow, batches, store := standardize and not getattr(flow, "standardized", False))
-        arguments = {"rows": _shape(data), "batch_size": batch_size, "seed": seed, "standardize": standardize}
-        task = DensityTask(flow, batches, held_out, arguments=arguments)
-        weights = Weights(task.parameters(), {"": flow})
-        rates = {"lr": learning_rate, **({"weight_decay": weight_decay} if weight_decay else {})}
-        made = make_optimizer(optimizer, list(weights.parameters.values()), **rates)
-        options = LoopOptions(warmup, _interval(batches.per_epoch or 0, steps), checkpoint, every, progress)
-        start, before = weights.copy(), task.final_scores()
+        arguments = {"rows": processes.from_first(_shape(data)), "batch_size": batch_size, "seed": seed}
+        arguments |= {"standardize": standardize, "weight_decay": weight_decay, "average": average}
+        task = DensityTask(flow, batches, held_out, arguments=arguments, processes=processes, compile=compile)
+        weights = processes.align(Weights(task.parameters(), {"": flow}))
+        made = _make_optimizer(task, weights, optimizer, learning_rate, weight_decay, per_epoch)
+        options = LoopOptions(warmup, _interval(per_epoch or 0, steps), checkpoint, every, progress, average)
+        start = weights.copy(), task.final_scores()
         fit = TrainingLoop(task, weights, made, budget=budget, rule=Patience(patience), options=options).run()
-        if _no_better(task.final_scores(), before):
-            _keep_start(fit, weights, start, before)
+        if _keeps_start(fit, task, weights, *start):
             _prepare_again(flow, data, store)
-        fit.bits_per_dim = task.bits_per_dim(-fit.best)
-        return fit
+        return _finished(fit, task, weights)
 
 
 def _shape(data: Any) -> str:
+    if is_stored(data):
+        return "on disk"
     return str(tuple(data.shape)) if isinstance(data, Tensor | np.ndarray) else "of a loader"
 
 
-def _no_better(scores: Tensor, before: Tensor) -> bool:
-    """Whether the scores are within a standard error of those from before the first step, row by row, or below."""
-    mean, error = mean_and_error(scores - before)
-    return bool(before.isfinite().all()) and not mean > error
+def _make_optimizer(
+    task: DensityTask,
+    weights: Weights,
+    factory: OptimizerFactory,
+    learning_rate: float,
+    weight_decay: float | None,
+    per_epoch: int | None,
+) -> torch.optim.Optimizer:
+    """The optimiser; where the decay of weights is left to the fit, it rises when scores stall."""
+    groups = decay_groups(task.flow, weights.parameters, weight_decay or 0.0)
+    task.optimizer = made = make_optimizer(factory, groups, lr=learning_rate)
+    if weight_decay is None and len(groups) == 2:
+        task.decays = rising_decays(made, learning_rate, per_epoch)
+    return made
 
 
-def _keep_start(fit: FitResult, weights: Weights, start: dict[str, Tensor], before: Tensor) -> None:
+def _finished(fit: FitResult, task: DensityTask, weights: Weights) -> FitResult:
+    """The result, once all processes have the weights of the first."""
+    task.processes.align(weights)
+    fit.bits_per_dim = task.bits_per_dim(-fit.best)
+    return fit
+
+
+def _keeps_start(fit: FitResult, task: DensityTask, weights: Weights, start: dict[str, Tensor], before: Tensor) -> bool:
+    """Go back to the start if scores are within a standard error of those before the first step, or below."""
+    mean, error = mean_and_error(task.final_scores() - before)
+    if mean > error or not before.isfinite().all():
+        return False
     weights.restore(start)
     fit.chosen, fit.num_unscored = "start", 0
     fit.best, fit.best_error = mean_and_error(before)
+    return True
 
 
 @contextmanager
 def _in_training(flow: nn.Module) -> Iterator[None]:
-    """Training mode for a block, then the mode from before."""
-    before = flow.training
+    """Training mode for a block, then the mode from before; but evaluation mode where there is dropout."""
+    before = flow.training and not any(isinstance(module, _DropoutNd) for module in flow.modules())
     flow.train()
     try:
         yield
@@ -158,7 +204,7 @@ def _in_training(flow: nn.Module) -> Iterator[None]:
 
 def _split(
     data: Any, context: Any, validation: Any, *, batch_size: int, seed: int | None, check: RowCheck
-) -> tuple[RowBatches | LoaderBatches, Rows | None]:
+) -> tuple[Batches, Rows | None]:
     """Batches to train on, and the rows held out."""
     share = validation if isinstance(validation, float | int) else 0.0
     held_out = None if validation is None or isinstance(validation, float | int) else _rows(validation, check)
@@ -166,6 +212,10 @@ def _split(
         raise ValueError(f"validation must be a share in [0, 1), rows, or None, got {share}; 0.1 holds out a tenth")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if is_stored(data):
+        call: dict[str, Any] = {"batch_size": batch_size, "seed": seed or 0, "order": new_seed(), "check": check}
+        batches, own = split_stored(data, context, share, **call)
+        return batches, held_out if own is None else own
     if not isinstance(data, Tensor | np.ndarray):
         _check_loader_options(context, share)
         return LoaderBatches(data, check), held_out
@@ -194,6 +244,9 @@ def _shuffled(num_rows: int, seed: int) -> Tensor:
 
 
 def _rows(validation: Any, check: RowCheck) -> Rows:
+    rows, context = validation if isinstance(validation, tuple) else (validation, None)
+    if is_stored(rows):
+        return sample_stored(rows, context, check)
     if isinstance(validation, tuple):
         return check(*validation, name="validation")
     if isinstance(validation, Tensor | np.ndarray):
@@ -201,7 +254,7 @@ def _rows(validation: Any, check: RowCheck) -> Rows:
     return LoaderBatches(validation, check).first(sys.maxsize)
 
 
-def _prepare_layers(flow: nn.Module, batches: RowBatches | LoaderBatches, store: bool) -> None:
+def _prepare_layers(flow: nn.Module, batches: Batches, store: bool) -> None:
     if store:
         _store_units(flow, batches.first(_STATISTICS_ROWS).value)
     initialize_layers(flow, batches.first(_INITIAL_ROWS).to(_device(flow)))
@@ -209,7 +262,7 @@ def _prepare_layers(flow: nn.Module, batches: RowBatches | LoaderBatches, store:
 
 def _prepare_again(flow: nn.Module, data: Any, store: bool) -> None:
     """From all rows, as none need be held out where nothing was trained."""
-    if store and isinstance(data, Tensor | np.ndarray):
+    if store and isinstance(data, Tensor | np.ndarray) and not is_stored(data):
         _store_units(flow, torch.as_tensor(data))
 
 

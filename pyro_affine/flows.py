@@ -32,6 +32,7 @@ def real_nvp(
     input_bound: float = 4.0,
     scale: ScaleMap | None = None,
     activation: Callable[[], nn.Module] = nn.SiLU,
+    dropout: float = 0.0,
     seed: int = 0,
     guard: bool = False,
 ) -> ComposeFlow:
@@ -53,6 +54,8 @@ def real_nvp(
             units out, each coupling is then an affine map, so that farther means less likely.
         scale: map from raw to log-scale; default ``default_scale(num_layers)``.
         activation: factory of the activation Module; the smooth default suits HMC and heavy tails.
+        dropout: share of hidden values that the conditioners drop in training mode, as in ``MLP`` and ``ResidualMLP``;
+            ``flow.eval()`` switches it off. Vectors only.
         seed: seeds the fixed reorderings, which are saved with the flow. The networks draw their first weights from
             torch's global random state, as all Modules do.
         guard: raise at the first layer whose value is not finite, naming it.
@@ -61,7 +64,7 @@ def real_nvp(
         A ``ComposeFlow`` from the base to the data side.
 
     Raises:
-        ValueError: if some entry would never move, as with one layer.
+        ValueError: if some entry would never move, as with one layer, or for dropout in a flow of images.
 
     Source: Density estimation using Real NVP (Dinh et al., 2017).
 
@@ -72,13 +75,15 @@ def real_nvp(
     if shape.numel() == 1:
         return ComposeFlow(_spline(shape), guard=guard)
     if len(shape) == 3 and hidden_dims is None:
+        if dropout:
+            raise ValueError(f"dropout is for vectors, got {dropout} for images of shape {tuple(shape)}; leave it out")
         sizes: dict[str, Any] = {"hidden_channels": hidden_dim, "num_blocks": num_blocks}
         num_layers = 3 if num_layers is None else num_layers
         return image_real_nvp(shape, num_layers=num_layers, **sizes, scale=scale, activation=activation, guard=guard)
     num_layers = 8 if num_layers is None else num_layers
 
     def coupling(mask: Tensor, num_kept: int, num_moved: int) -> AffineCoupling:
-        options: dict[str, Any] = {"activation": activation, "shift_only": not scale_map.uses_raw}
+        options: dict[str, Any] = {"activation": activation, "shift_only": not scale_map.uses_raw, "dropout": dropout}
         if hidden_dims is None:
             inner = ResidualMLP(num_kept, num_moved, hidden_dim, num_blocks, **options)
             network: nn.Module = BoundedInput(inner, input_bound)
@@ -105,7 +110,8 @@ def conditional_real_nvp(
 ) -> ConditionalComposeFlow:
     """RealNVP whose conditioners also read a context; ``condition(context)`` gives the flow at that context.
 
-    For events of one entry: a spline, then a shift and scale that depend on the context alone.
+    For events of one entry: a spline, then a shift and scale that depend on the context alone. The networks are plain
+    ones, ``MLP``, for events of any shape; for images with convolutions there is ``conditional_glow``.
 
     Args:
         context_dim: size of the context.

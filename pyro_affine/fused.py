@@ -9,18 +9,19 @@ for second derivatives. Chains use it, and ``push_score`` in ``gradients``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.hooks import RemovableHandle
 
 from pyro_affine.coupling import AffineCoupling
 from pyro_affine.coupling_step import coupling_step
 from pyro_affine.layer_steps import PermutationStep, StandardizationStep, TailStep, TriangularStep, WhiteningStep
 from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
-from pyro_affine.steps import Made, Step, Wanted, hooks_of
+from pyro_affine.steps import Step, Wanted, hooks_of
 from pyro_affine.tails import LOFT
 from pyro_affine.transform import FlowTransform
 from pyro_affine.whitening import Whitening
@@ -55,7 +56,7 @@ def step_of(layer: FlowTransform) -> Step | None:
 
 def can_fuse(x: Tensor) -> bool:
     """Whether a hand-written pass may run: on plain tensors, with nothing that must see each operation."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
         return False
     watched = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
     return not (watched or forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type))
@@ -65,28 +66,35 @@ class Sketch:
     """What modules there are below some layers, to notice one that was exchanged, parametrised or given a hook."""
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
-        self.modules = [module for layer in layers for module in layer.modules()]
-        self.types = [*map(type, self.modules)]
-        self.tables = [module._modules for module in self.modules if module._modules]
-        self.children = [[*table.values()] for table in self.tables]
-        self.hooks = [table for module in self.modules for table in hooks_of(module)]
-        self.flows = [module for module in self.modules if isinstance(module, FlowTransform)]
+        modules = [module for layer in layers for module in layer.modules()]
+        self.owners = [module for module in modules if module._parameters]  # to parametrise one changes its type
+        self.types = [*map(type, self.owners)]
+        self.tables = [module._modules for module in modules if module._modules]
+        self.children = self._children()
+        self.hooks = [table for module in modules for table in hooks_of(module)]
+        self.flows = [module for module in modules if isinstance(module, FlowTransform)]
         self.chains: list[Any] = [flow for flow in self.flows if hasattr(flow, "memory")]
-        self.options = self._options()
+        self.options, self._num_handles = self._options(), -1
 
     def is_hooked(self) -> bool:
         """Whether one of them has a hook, which only a call of it would run."""
-        return any(self.hooks)
+        if self._num_handles == RemovableHandle.next_id:  # no hook of any module was registered since it was asked last
+            return False
+        hooked = any(self.hooks)
+        self._num_handles = -1 if hooked else RemovableHandle.next_id
+        return hooked
 
     def holds(self) -> bool:
         """Whether all is as it was, without hooks."""
-        if self.is_hooked() or [*map(type, self.modules)] != self.types:
+        if self.is_hooked() or [*map(type, self.owners)] != self.types:
             return False
-        unchanged = [[*table.values()] for table in self.tables] == self.children
-        return unchanged and self._options() == self.options
+        return self._children() == self.children and self._options() == self.options
+
+    def _children(self) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, self.tables))]
 
     def _options(self) -> list[Any]:
-        return [*(flow.guard for flow in self.flows), *(chain.memory for chain in self.chains)]
+        return [*(flow.guard for flow in self.flows), *(flow.memory for flow in self.chains)]
 
 
 def fused_pass(steps: Sequence[Step], x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,6 +117,12 @@ def fused_pass(steps: Sequence[Step], x: Tensor, score: Tensor) -> tuple[Tensor,
     return y.reshape(x.shape), log_det.reshape(x.shape[:-1]), score.reshape(x.shape)
 
 
+def open_pass(steps: Sequence[Step], x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``fused_pass`` as operations on tensors that autograd and compilers see one by one. x shape: (B, D)."""
+    y, log_det, score = _advance(steps, [step.tensors() for step in steps], True, x, score, None)
+    return y, log_det, score.detach()
+
+
 Entry = tuple[int, Any, int]
 """Which part of the chain, what runs in its place, dimensions of its log-determinant that belong to the event."""
 
@@ -117,11 +131,11 @@ class Plan:
     """What a chain runs, its layers in runs where they can be, as long as nothing is exchanged.
 
     Args:
-        chain: all of its modules are watched.
+        owner: the chain; all of its modules are watched.
         entries: its layers, base side first.
     """
 
-    def __init__(self, chain: nn.Module, entries: Sequence[Entry]) -> None:
+    def __init__(self, owner: nn.Module, entries: Sequence[Entry]) -> None:
         self.entries: list[Entry] = []
         for has_step, group in groupby(entries, lambda entry: step_of(entry[1]) is not None):
             parts = list(group)
@@ -129,7 +143,7 @@ class Plan:
                 parts = [(parts[0][0], Run([part for _, part, _ in parts]), parts[0][2])]
             self.entries += parts
         is_fused = any(isinstance(part, Run) for _, part, _ in self.entries)
-        self.sketch = Sketch([chain]) if is_fused else None
+        self.sketch = Sketch([owner]) if is_fused else None
 
     def holds(self) -> bool:
         """Whether it still is right; a plan without a run always is."""
@@ -170,25 +184,25 @@ def _advance(
     steps: Sequence[Step], tensors: Sequence[list[Tensor]], is_forward: bool, rows: Any, score: Any, pulls: Any
 ) -> tuple[Tensor, Tensor, Any]:
     """Through all steps; how gradients come back is added to ``pulls``, if that is a list."""
-    blank, log_dets = rows, []
+    blank, at, log_dets = rows, None, []
+    record = not (score is None and pulls is None)
     for step, own in zip(steps, tensors, strict=True):
-        rows = _cut(rows, step.cut)
-        made: Made = step.forward(rows, own) if is_forward else step.inverse(rows, own)
-        rows = made.value
-        if made.log_det is not None:
-            log_dets.append(made.log_det)
-        if score is not None and made.push is not None:
-            score = made.push(_cut(score, step.cut))
+        if (cut := step.cut) != at:
+            rows, score, at = _cut(rows, cut), None if score is None else _cut(score, cut), cut
+        rows, log_det, pull, push = (step.forward if is_forward else step.inverse)(rows, own, record=record)
+        if log_det is not None:
+            log_dets.append(log_det)
+        if score is not None and push is not None:
+            score = push(score)
         if pulls is not None:
-            pulls.append((step.cut, made.pull, len(own)))
+            pulls.append((cut, pull, len(own)))
     return _cut(rows, None), _sum_of(log_dets, blank), None if score is None else _cut(score, None)
 
 
 def _cut(rows: Any, at: int | None) -> Any:
     """The same rows cut elsewhere, or made whole."""
-    if isinstance(rows, Tensor):
-        return rows if at is None else rows.split_with_sizes((at, rows.shape[-1] - at), -1)
-    return rows if rows[0].shape[-1] == at else _cut(torch.cat(rows, -1), at)
+    whole = torch.cat(rows, -1) if type(rows) is tuple else rows
+    return whole if at is None else whole.split_with_sizes((at, whole.shape[-1] - at), -1)
 
 
 def _sum_of(log_dets: list[Tensor], rows: Tensor) -> Tensor:
@@ -223,15 +237,17 @@ class _Pass(torch.autograd.Function):
         pulls, ctx.pulls = ctx.pulls, None  # free as soon as used, as autograd does; a second pass computes them again
         if pulls is None:
             _advance(ctx.steps, _grouped(ctx.steps, flat), ctx.is_forward, x, None, pulls := [])
-        grad_rows: Any = torch.zeros_like(x) if grad is None else grad
+        rows: Any = torch.zeros_like(x) if grad is None else grad
         column = None if grad_log_det is None else grad_log_det[:, None]
-        found: list[Tensor | None] = []
+        at, found = None, list[Sequence[Tensor | None]]()
+        is_trained = any(ctx.needs_input_grad[5:])
+        inner, last = Wanted(True, is_trained), Wanted(ctx.needs_input_grad[4], is_trained)
         while pulls:
             cut, pull, num_tensors = pulls.pop()
-            wanted = Wanted(bool(pulls) or ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:]))
-            grad_rows, own = pull(_cut(grad_rows, cut), column, wanted)
-            found[:0] = own if own else [None] * num_tensors
-        return None, None, None, None, _cut(grad_rows, None), *found
+            rows, at = rows if cut == at else _cut(rows, cut), cut
+            rows, own = pull(rows, column, inner if pulls else last)
+            found.append(own or (None,) * num_tensors)
+        return None, None, None, None, _cut(rows, None), *chain.from_iterable(reversed(found))
 
 
 def _differentiated(ctx: Any, x: Tensor, flat: list[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -14,9 +14,9 @@ keep the total gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -24,12 +24,15 @@ import torch
 from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
-from torch.distributions.utils import _sum_rightmost
 
 from pyro_affine.compose import ComposeFlow, _total
 from pyro_affine.coupling import AffineCoupling
-from pyro_affine.fused import fused_pass, step_of
+from pyro_affine.fused import Run, fused_pass, open_pass, step_of
+from pyro_affine.normal import normal_log_prob, sum_event
 from pyro_affine.transform import FlowTransform
+
+Push = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+"""(x, score at x) -> (y, log|det dy/dx|, score at y)."""
 
 
 class PathGradientDistribution(dist.TransformedDistribution):
@@ -78,7 +81,7 @@ class PathGradientDistribution(dist.TransformedDistribution):
         if draw is None or draw.z is not value or not self._flow._recall(value, is_forward=True):
             return _parts(self.log_prob(value), self._log_prob_of_frozen(value))
         log_prob = self.base_dist.log_prob(draw.x) - draw.log_det
-        path = _sum_rightmost(draw.score * (value - value.detach()), len(self.event_shape))
+        path = sum_event(draw.score * (value - value.detach()), len(self.event_shape))
         return _parts(log_prob, log_prob.detach() + path)
 
     def _log_prob_of_frozen(self, value: Tensor) -> Tensor:
@@ -102,13 +105,16 @@ class _Draw(NamedTuple):
     score: Tensor
 
 
-def draw_with_score(base: dist.TorchDistribution, flow: FlowTransform, num_draws: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw_with_score(
+    base: dist.TorchDistribution, flow: FlowTransform, num_draws: int, *, push: Push | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Draws of a flow, for a loop that asks for nothing else.
 
     Args:
         base: distribution of x, reparameterised, events of D entries.
         flow: z = t(x).
         num_draws: S.
+        push: in place of ``push_score`` of the flow, such as a compiled one.
 
     Returns:
         ``(z, log_q, score)``: z and log q(z) in the graph; grad_z log q(z), constant in it. Shapes: (S, D), (S,),
@@ -120,8 +126,8 @@ def draw_with_score(base: dist.TorchDistribution, flow: FlowTransform, num_draws
     True
     """
     x = base.rsample((num_draws,))
-    z, log_det, score = push_score(flow, x, _base_score(base, x))
-    return z, base.log_prob(x) - log_det, score
+    z, log_det, score = (push or partial(push_score, flow))(x, _base_score(base, x))
+    return z, _base_log_prob(base, x) - log_det, score
 
 
 def push_score(layer: FlowTransform, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,29 +158,31 @@ def push_score(layer: FlowTransform, x: Tensor, score: Tensor) -> tuple[Tensor, 
     return y, log_det, score
 
 
+def open_push(flow: FlowTransform, x: Tensor) -> Push:
+    """``push_score`` of a flow written out on plain tensors where all of its layers have steps, as compilers need it.
+
+    Args:
+        flow: z = t(x).
+        x: some draws, which say what is fused. Shape: (S, D).
+
+    >>> from pyro_affine.flows import real_nvp
+    >>> open_push(real_nvp(3), torch.zeros(2, 3))(torch.zeros(1, 3), torch.ones(1, 3))[2]
+    tensor([[1., 1., 1.]])
+    """
+    entries = flow._entries(x) if isinstance(flow, ComposeFlow) else [(0, flow, 0)]
+    runs = [part.steps if isinstance(part, Run) else [step_of(part)] for _, part, _ in entries]
+    steps = [step for run in runs for step in run if step is not None]
+    return partial(open_pass, steps) if all(None not in run for run in runs) else partial(push_score, flow)
+
+
 def _push_through_chain(chain: ComposeFlow, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Part by part, but each run of parts that have a step in one go."""
     log_dets: list[Tensor] = []
-    entries = ((step_of(part), part, dims) for part, dims in _leaves(chain, 0))
-    for has_step, group in groupby(entries, lambda entry: entry[0] is not None):
-        run = list(group)
-        if has_step:
-            x, log_det, score = fused_pass([step for step, _, _ in run if step is not None], x, score)
-            log_dets.append(_sum_rightmost(log_det, run[0][2]))
-            continue
-        for _, part, dims in run:
-            x, log_det, score = push_score(part, x, score)
-            log_dets.append(_sum_rightmost(log_det, dims))
+    for _, part, dims in chain._entries(x):
+        push = partial(fused_pass, part.steps) if isinstance(part, Run) else partial(push_score, part)
+        x, log_det, score = push(x, score)
+        log_dets.append(sum_event(log_det, dims))
     return x, _total(log_dets), score
-
-
-def _leaves(chain: ComposeFlow, dims: int) -> Iterator[tuple[FlowTransform, int]]:
-    """The layers of nested chains, each with the dimensions of its log-determinant that belong to the event."""
-    for part, extra in zip(chain.parts, chain._extra_dims, strict=True):
-        if isinstance(part, ComposeFlow):
-            yield from _leaves(part, dims + extra)
-        else:
-            yield part, dims + extra
 
 
 def _push_through_coupling(layer: AffineCoupling, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,6 +207,13 @@ def _vjp(outputs: tuple[Tensor, Tensor], at: Tensor, vectors: tuple[Tensor, Tens
     live, weights = zip(*pairs, strict=True)
     (product,) = torch.autograd.grad(live, at, weights, retain_graph=retain_graph, allow_unused=True)
     return torch.zeros_like(at) if product is None else product
+
+
+def _base_log_prob(base: Distribution, x: Tensor) -> Tensor:
+    plain = base.base_dist if isinstance(base, Independent) else base
+    if type(plain) is dist.Normal and not base.batch_shape:
+        return normal_log_prob(x, plain.loc, plain.scale)
+    return base.log_prob(x)
 
 
 def _base_score(base: Distribution, x: Tensor) -> Tensor:

@@ -8,12 +8,16 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
+import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor
 
-from pyro_affine.latent_elbo import LatentELBO, agree, latent_density
+from pyro_affine.compiled import Compile, agree
+from pyro_affine.distributed import ALONE, Processes
+from pyro_affine.latent_elbo import LatentELBO, latent_density
 from pyro_affine.particles import BAD_DRAW, Pair, first_success
 from pyro_affine.random_state import new_seed, seeded
+from pyro_affine.recorded import RecordedDensity
 
 _PARTICLES_AT_ONCE, _PARTICLES_ONE_BY_ONE = 64, 8
 _BANK_AT_ONCE, _BANK_ONE_BY_ONE = 1024, 64
@@ -38,6 +42,7 @@ class GuideTask:
         nesting, reason: from ``Pair.find_nesting``.
         parameters: what is trained.
         seed: seed of the fit, for checkpoints.
+        processes: among which draws are split, rounded up; each has random numbers of its own.
 
     Attributes:
         num_dropped: number of single draws left out so far.
@@ -46,7 +51,7 @@ class GuideTask:
         ValueError: if ``num_particles`` is not positive.
     """
 
-    kind = "guide"
+    kind, weight = "guide", 1.0  # processes have equal shares
     loss_name, score_name = "ELBO", "fixed draws"
     remedy = (
         "Look at what the model does there for a far-out draw (a scale that overflows, the log of 0), start from a "
@@ -61,10 +66,11 @@ class GuideTask:
         nesting: int | None,
         reason: str = "",
         seed: int | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         if num_particles is not None and num_particles < 1:
             raise ValueError(f"num_particles must be at least 1, got {num_particles}; 64 is the default")
-        self.pair, self.nesting = pair, nesting
+        self.pair, self.nesting, self.processes = pair, nesting, processes
         at_once = nesting is not None
         self.num_particles = num_particles or (_PARTICLES_AT_ONCE if at_once else _PARTICLES_ONE_BY_ONE)
         self.num_scored = _BANK_AT_ONCE if at_once else _BANK_ONE_BY_ONE
@@ -74,6 +80,7 @@ class GuideTask:
             _warn_of_single_draws(self.num_particles, reason)
         self._may_grow = at_once and num_particles is None
         self._direct: LatentELBO | None = None
+        self._num_prepared = 0
 
     @property
     def num_dropped(self) -> int:
@@ -85,11 +92,18 @@ class GuideTask:
         first_success(lambda: self._traced_loss(1))
 
     def prepare(self) -> None:
-        """Nothing to fetch."""
+        """Random numbers for the step, other ones in each process; the first goes on with its own."""
+        self._num_prepared += 1
+        if self.processes.rank:
+            number = self._num_prepared * self.processes.size + self.processes.rank
+            torch.manual_seed((self._bank_seed + number) % 2**63)  # known again where a fit is resumed
 
     def loss(self) -> Tensor:
-        """Negative ELBO over the particles of a step, in nats."""
-        return self._traced_loss(self.num_particles) if self._direct is None else self._direct(self.num_particles)
+        """Negative ELBO over this process's share of the particles of a step, in nats."""
+        return (self._direct or self._traced_loss)(self._share(self.num_particles))
+
+    def _share(self, num_particles: int) -> int:
+        return -(-num_particles // self.processes.size)
 
     def _traced_loss(self, num_particles: int) -> Tensor:
         pair = self.pair
@@ -101,19 +115,26 @@ class GuideTask:
         loss: Tensor = elbo.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
         return loss
 
-    def use_direct_loss(self, parameters: list[Tensor]) -> None:
+    def use_direct_loss(
+        self, parameters: list[Tensor], *, compile: Compile = False, compile_model: bool = False
+    ) -> None:
         """Take the shorter way to the loss from here on, where there is one and it agrees.
 
         Args:
             parameters: what is trained.
+            compile: whether to compile the guide's part of it, and how.
+            compile_model: whether to record the model's part of it.
         """
         density = latent_density(self.pair, self.nesting)
-        if density is None:
-            return
-        few = 1 if self.nesting is None else _NUM_COMPARED
-        direct = LatentELBO(self.pair.guide, density)  # type: ignore[arg-type]  # it is an AutoContinuous
-        if agree(lambda: direct(few), lambda: self._traced_loss(few), parameters):
-            self._direct = direct
+        if density is not None:
+            few = 1 if self.nesting is None else _NUM_COMPARED
+            direct = LatentELBO(self.pair.guide, density)  # type: ignore[arg-type]  # it is an AutoContinuous
+            if agree(lambda: direct(few), lambda: self._traced_loss(few), parameters):
+                self._direct = direct
+                direct.density = RecordedDensity(density) if compile_model else density
+                direct.compile(compile)
+        if self._direct is None and (compile or compile_model):
+            _warn_of_no_compilation()
 
     def grow(self) -> bool:
         """Take more draws a step from here on; False where that has been done, or the number was given."""
@@ -140,7 +161,7 @@ class GuideTask:
             while len(times) < _NUM_TIMED and sum(times) < limit:
                 start = time.perf_counter()
                 with suppress(*BAD_DRAW):
-                    loss(num_particles).backward()
+                    loss(self._share(num_particles)).backward()
                 times.append(time.perf_counter() - start)
         return min(times)
 
@@ -154,7 +175,8 @@ class GuideTask:
 
     def _scores(self, seed: int) -> Tensor:
         with seeded(seed):
-            return self.pair.log_weights(self.num_scored, self.nesting)
+            alone = self.pair.log_weights(self.num_scored, self.nesting) if self.processes.rank == 0 else torch.empty(0)
+        return self.processes.from_first(alone)
 
     def locate(self) -> str:
         """The first site that is not finite."""
@@ -167,14 +189,23 @@ class GuideTask:
     def state_dict(self) -> dict[str, Any]:
         """The seed of the bank of draws, and the counts of draws."""
         counts = {"num_dropped": self.num_dropped, "num_particles": self.num_particles, "may_grow": self._may_grow}
-        return {"bank_seed": self._bank_seed, **counts}
+        return {"bank_seed": self._bank_seed, "num_prepared": self._num_prepared, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the run that is resumed."""
         self._bank_seed, self.num_particles = state["bank_seed"], state["num_particles"]
-        self._may_grow = state["may_grow"]
+        self._may_grow, self._num_prepared = state["may_grow"], state["num_prepared"]
         if self._direct is not None:
             self._direct.num_dropped = state["num_dropped"]
+
+
+def _warn_of_no_compilation() -> None:
+    warnings.warn(
+        "nothing is compiled, as the loss is that of Pyro's Trace_ELBO: compile and compile_model are for an "
+        "AutoRealNVP, or another guide of one flow, and a model with neither parameters nor random subsamples.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _warn_of_single_draws(num_particles: int, reason: str) -> None:

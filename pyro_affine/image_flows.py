@@ -233,7 +233,7 @@ def _num_halvings(shape: Size, smallest: int) -> int:
 
 
 def _require_image(event_shape: Sequence[int]) -> Size:
-    shape = Size(event_shape)
+    shape = Size([event_shape] if isinstance(event_shape, int) else event_shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(
             f"images have event shape (C, H, W), got {tuple(shape)}; for grey images use C = 1, for vectors real_nvp"

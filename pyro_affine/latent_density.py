@@ -69,10 +69,21 @@ class LatentDensity:
 
         Shape: (S, D) to (S,) and (S, D), float64.
         """
-        size = 1 if self.nesting is None else _CHUNK
-        pieces = [self._halve(rows) for rows in latents.detach().split(size)]
+        pieces = [self._halve(rows) for rows in self.pieces(latents)]
         values, scores = (torch.cat(parts) for parts in zip(*pieces, strict=True))
         return values, scores
+
+    def at_once(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``value_and_score`` by one run of the model, whose errors are raised. Shapes and dtypes as there."""
+        leaf = rows.detach().requires_grad_()
+        with torch.enable_grad(), pyro.validation_enabled(False):  # so that one NaN leaves its neighbours alone
+            values = self(leaf)
+            (scores,) = torch.autograd.grad(values.sum(), leaf)
+        return values.detach(), scores.double().masked_fill(~values.isfinite()[:, None], torch.nan)
+
+    def pieces(self, latents: Tensor) -> tuple[Tensor, ...]:
+        """The rows in as many pieces as the model is run. Shape: (S, D)."""
+        return torch.split(latents.detach(), 1 if self.nesting is None else _CHUNK)
 
     def is_random(self) -> bool:
         """Whether it changes from call to call: a plate subsamples at random, or a site is left to be drawn."""
@@ -83,11 +94,7 @@ class LatentDensity:
     def _halve(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """All rows at once; where the model refuses one, each half, down to the rows that are to blame."""
         try:
-            leaf = rows.detach().requires_grad_()
-            with torch.enable_grad(), pyro.validation_enabled(False):  # so that one NaN leaves its neighbours alone
-                values = self(leaf)
-                (scores,) = torch.autograd.grad(values.sum(), leaf)
-            return values.detach(), scores.double().masked_fill(~values.isfinite()[:, None], torch.nan)
+            return self.at_once(rows)
         except BAD_DRAW:
             if len(rows) == 1:
                 return rows.new_full((1,), torch.nan).double(), torch.full_like(rows, torch.nan).double()

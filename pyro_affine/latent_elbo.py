@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoContinuous
 from torch import Tensor
 
-from pyro_affine.gradients import PathGradientDistribution, draw_with_score
+from pyro_affine.compiled import Compile, CompiledFunction
+from pyro_affine.gradients import PathGradientDistribution, draw_with_score, open_push, push_score
 from pyro_affine.latent_density import LatentDensity
-from pyro_affine.particles import BAD_DRAW, Pair
-from pyro_affine.random_state import new_seed, seeded
+from pyro_affine.particles import Pair
+from pyro_affine.recorded import RecordedDensity
 from pyro_affine.transform import FlowTransform
-
-_TRIES = 10  # seeds; a guide of sensible width draws ten refused starts in a row only if the model refuses all
 
 
 class LatentELBO:
@@ -42,36 +42,61 @@ class LatentELBO:
     """
 
     def __init__(self, guide: AutoContinuous, density: LatentDensity) -> None:
-        self.guide, self.density, self.num_dropped = guide, density, 0
+        self.guide, self.num_dropped = guide, 0
+        self.density: LatentDensity | RecordedDensity = density
+        self._compiled: CompiledFunction | None = None
         self._has_path = isinstance(guide.get_posterior(), PathGradientDistribution)
 
     def __call__(self, num_draws: int) -> Tensor:
         """The loss over so many fresh draws, in nats, with a graph to the guide's parameters."""
-        draw = self._path_draw if self._has_path else self._total_draw
-        z, log_q, entropy, score_q = draw(num_draws)
+        z, log_q, score_q = self._draw(num_draws)
         values, score_p = self.density.value_and_score(z)
-        kept = values.isfinite() & score_p.isfinite().all(-1) & log_q.isfinite()
+        values = values - log_q.detach()
+        kept = (values + score_p.sum(-1)).isfinite()  # a sum of which any term is not finite, is not
         num_kept = int(kept.sum())
         self.num_dropped += num_draws - num_kept
         if 2 * num_kept < num_draws:
             return z.sum() * math.nan
-        # no graph through the model: its gradient at the draws is all that the guide needs of it
-        force = (score_p.to(z) - score_q).masked_fill(~kept[:, None], 0.0)
-        surrogate = ((entropy * kept).sum() - (z * force).sum()) / num_kept
-        value = (log_q.detach().double() - values)[kept].mean()
-        return surrogate + (value.to(surrogate) - surrogate.detach())
+        force = -score_p.to(z) if score_q is None else score_q - score_p.to(z)
+        if num_kept < num_draws:
+            values, force = values[kept], force.masked_fill(~kept[:, None], 0.0)
+        weights = kept.to(z) if score_q is None else None
+        return _Loss.apply(-values.mean().to(z), num_kept, z, force, log_q, weights)  # type: ignore[no-any-return]
 
-    def _path_draw(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Draws, log q, what else of log q has a gradient (nothing), and the score of q that opposes that of p."""
-        z, log_q, score = draw_with_score(self.guide.get_base_dist(), self.guide.get_transform(), num_draws)
-        return z, log_q, torch.zeros_like(log_q), score
+    def compile(self, compile: Compile) -> None:
+        """Compile the way of draws through the flow, which must be the same Module from call to call."""
+        flow = self.guide.get_transform()
+        parameters = list(flow.parameters())
+        if compile and self._has_path:
+            source = open_push(flow, self.guide._init_loc()[None])
+            self._compiled = CompiledFunction(partial(push_score, flow), parameters, compile, source=source)
+        elif compile:
+            self._compiled = CompiledFunction(flow._forward, parameters, compile)
 
-    def _total_draw(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        base = self.guide.get_base_dist()
+    def _draw(self, num_draws: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Draws, log q, and for the path gradient the score of q, by which the draws are all that has a gradient."""
+        base, flow = self.guide.get_base_dist(), self.guide.get_transform()
+        if self._has_path:
+            return draw_with_score(base, flow, num_draws, push=self._compiled)
         x = base.rsample((num_draws,))
-        z, log_det = self.guide.get_transform()._forward(x)
-        log_q = base.log_prob(x) - log_det
-        return z, log_q, log_q, torch.zeros_like(z)
+        z, log_det = (self._compiled or flow._forward)(x)
+        return z, base.log_prob(x) - log_det, None
+
+
+class _Loss(torch.autograd.Function):
+    """A value whose gradients are known: no graph through the model, of which the guide needs no more than these."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, num_draws: int, z: Tensor, force: Tensor, log_q: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        ctx.num_draws, ctx.force, ctx.weights = num_draws, force, weights
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        share = grad / ctx.num_draws
+        return None, None, ctx.force * share, None, None if ctx.weights is None else ctx.weights * share, None
 
 
 def latent_density(pair: Pair, nesting: int | None) -> LatentDensity | None:
@@ -93,30 +118,3 @@ def _is_one_flow(guide: AutoContinuous) -> bool:
         return isinstance(guide.get_transform(), FlowTransform)
     except (NotImplementedError, TypeError):  # a guide without a transform, or one that depends on the arguments
         return False
-
-
-def agree(loss: Callable[[], Tensor], other: Callable[[], Tensor], parameters: list[Tensor]) -> bool:
-    """Whether two losses have the same value and gradient at a draw that both accept.
-
-    Args:
-        loss, other: called with the same random state.
-        parameters: of the gradient; one that only one of the losses trains is a difference.
-    """
-    for _ in range(_TRIES):
-        seed = new_seed()
-        try:
-            found, expected = (_with_gradient(call, parameters, seed) for call in (loss, other))
-        except BAD_DRAW:
-            continue
-        if expected.isfinite().all():
-            tolerance = torch.finfo(expected.dtype).eps ** 0.5
-            return bool((found - expected).norm() <= tolerance * (1 + expected.norm()))
-    return False
-
-
-def _with_gradient(loss: Callable[[], Tensor], parameters: list[Tensor], seed: int) -> Tensor:
-    """The loss and all entries of its gradient, one after the other."""
-    with seeded(seed):
-        value = loss()
-    gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
-    return torch.cat([value.detach().reshape(1), *(gradient.flatten().to(value) for gradient in gradients)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
 from pyro_affine.steps import Made, Rows, Wanted
@@ -29,17 +30,18 @@ class PermutationStep(_Whole):
     def __init__(self, layer: Permutation) -> None:
         self.buffers: dict[str, Any] = layer._buffers
 
-    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
-        order, back = self.buffers["order"], self.buffers["inverse_order"]
-        made = _reordered(x, order, back)
-        return made._replace(push=lambda score: score.index_select(-1, order))
+    def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
+        return _reordered(x, self.buffers["order"], self.buffers["inverse_order"])
 
-    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+    def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         return _reordered(y, self.buffers["inverse_order"], self.buffers["order"])
 
 
 def _reordered(rows: Tensor, order: Tensor, back: Tensor) -> Made:
-    return Made(rows.index_select(-1, order), None, lambda grad, *_: (grad.index_select(-1, back), ()))
+    def pull(grad: Tensor, *_: Any) -> tuple[Tensor, Sequence[Tensor]]:
+        return grad.index_select(-1, back), ()
+
+    return Made(rows.index_select(-1, order), None, pull, lambda score: score.index_select(-1, order))
 
 
 class StandardizationStep(_Whole):
@@ -48,12 +50,12 @@ class StandardizationStep(_Whole):
     def __init__(self, layer: Standardization) -> None:
         self.layer = layer
 
-    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
+    def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         scale = self.layer.scale
         y, log_det = self.layer._forward(x)
         return Made(y, log_det, lambda grad, *_: (grad * scale, ()), lambda score: score / scale)
 
-    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+    def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         scale = self.layer.scale
         x, log_det = self.layer._backward(y)
         return Made(x, log_det, lambda grad, *_: (grad / scale, ()))
@@ -65,28 +67,33 @@ class TailStep(_Whole):
     def __init__(self, layer: LOFT) -> None:
         self.layer = layer
 
-    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
-        excess = self.layer._excess(x)
-        beyond, inverse_slope = x.sign() * (excess > 0), excess + 1
+    def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
+        inside, beyond, excess = self._parts(x)
+        growth, inverse_slope = excess.log1p(), excess + 1
 
         def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
             if grad_log_det is not None:
                 grad = torch.addcmul(grad, grad_log_det, beyond, value=-1)
             return grad / inverse_slope, ()
 
-        y, log_det = self.layer._forward(x)
-        return Made(y, log_det, pull, lambda score: torch.addcmul(beyond, score, inverse_slope))
+        y = torch.addcmul(inside, beyond, growth)
+        return Made(y, -growth, pull, lambda score: torch.addcmul(beyond, score, inverse_slope))
 
-    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
-        excess = self.layer._excess(y)
-        beyond, slope = y.sign() * (excess > 0), excess.exp()
+    def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
+        inside, beyond, excess = self._parts(y)
+        slope = excess.exp()
 
         def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
             grad = grad * slope
             return grad if grad_log_det is None else torch.addcmul(grad, grad_log_det, beyond, value=-1), ()
 
-        x, log_det = self.layer._backward(y)
-        return Made(x, log_det, pull)
+        return Made(torch.addcmul(inside, beyond, excess.expm1()), -excess, pull)
+
+    def _parts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is within the threshold, the side on which a value lies beyond it (0 within), and how far."""
+        threshold = self.layer.threshold
+        beyond = F.softshrink(rows, threshold)
+        return rows.clamp(-threshold, threshold), beyond.sign(), beyond.abs()
 
 
 class TriangularStep:
@@ -100,7 +107,7 @@ class TriangularStep:
     def tensors(self) -> list[Tensor]:
         return [self.parameters[name] for name in ("loc", "log_scale", "below")]
 
-    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
+    def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         loc, log_scale, below = tensors
         lower, scale = below.tril(-1), log_scale.exp()
         mixed = torch.addmm(x, x, lower.T)
@@ -118,7 +125,7 @@ class TriangularStep:
 
         return Made(torch.addcmul(loc, mixed, scale), log_scale.sum().expand(len(x)), pull, push)
 
-    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+    def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         loc, log_scale, below = tensors
         lower, scale = below.tril(-1), log_scale.exp()
         mixed = (y - loc) / scale
@@ -148,12 +155,12 @@ class WhiteningStep(_Whole):
     def __init__(self, layer: Whitening) -> None:
         self.layer = layer
 
-    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
+    def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         y, log_det = self.layer._forward(x)
         tril = self.layer.scale_tril
         return Made(y, log_det, lambda grad, *_: (grad @ tril, ()), lambda score: _divided(score, tril))
 
-    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
+    def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         x, log_det = self.layer._backward(y)
         tril = self.layer.scale_tril
         return Made(x, log_det, lambda grad, *_: (_divided(grad, tril), ()))

@@ -33,7 +33,7 @@ class Permutation(FlowTransform):
     def __init__(self, order: Tensor, event_shape: Sequence[int] | None = None, *, cache_size: int = 1) -> None:
         shape = Size(order.shape if event_shape is None else event_shape)
         super().__init__(shape, cache_size=cache_size)
-        wanted = torch.arange(shape.numel(), device=order.device)
+        wanted = torch.arange(shape.numel() if shape else 0, device=order.device)  # an event has one dimension at least
         if order.dim() != 1 or order.dtype != wanted.dtype or not torch.equal(order.sort().values, wanted):
             raise ValueError(
                 f"order must be int64 and hold each integer from 0 to {shape.numel() - 1} once, got {order.dtype} "

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
-from torch.distributions.utils import _sum_rightmost
 from torch.utils.checkpoint import checkpoint
 
+from pyro_affine.normal import sum_event
 from pyro_affine.transform import FlowTransform, _require_finite, _Slot
 
 Memory = Literal["full", "checkpoint", "invertible"]
@@ -39,7 +39,7 @@ class Step(NamedTuple):
         value, log_det = self.part._forward(value) if self.is_forward else self.part._backward(value)
         if self.guard:
             _require_finite(value, self.guard)
-        return value, _sum_rightmost(log_det, self.extra_dims)
+        return value, sum_event(log_det, self.extra_dims)
 
     @property
     def is_between_reals(self) -> bool:

@@ -16,11 +16,13 @@ from pyro_affine.compose import ComposeFlow, ConditionalComposeFlow, as_flow
 from pyro_affine.correlations import Correlations
 from pyro_affine.curves import Curves
 from pyro_affine.linear import Standardization
+from pyro_affine.normal import normal_log_prob, sum_event
 from pyro_affine.student import UncheckedStudentT
 
 _NUM_KNOTS = 24  # a quarter of a standard deviation apart
 _HEAVY, _NEARLY_NORMAL = 30.0, 200.0  # degrees of freedom to start from; without any curve the data look normal
 _LARGEST_DENSE = 1000  # entries: beyond, the matrix costs more than the couplings
+_ROWS_AT_ONCE = 1024  # on their way through a layer while units are fitted, as curves take six times their memory
 
 
 class NormalizingFlow(nn.Module):
@@ -110,9 +112,23 @@ class NormalizingFlow(nn.Module):
     def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density of each event, in nats. Value shape: batch + data_shape; result: batch."""
         chain = self._chain(context)
-        chain._check(value, chain.inverse_shape)
+        if (value.dtype, value.device) == (self.loc.dtype, self.loc.device):
+            chain.inverse_shape(value.shape)
+        else:  # which looks at each parameter
+            chain._check(value, chain.inverse_shape)
         x, log_det = chain._backward(value)
-        return self._base().log_prob(x) - log_det
+        return self._log_base(x) - log_det
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile ``log_prob`` in place, with the arguments of ``torch.compile``; weights keep their names.
+
+        A Module's own ``compile`` is for ``forward``, which makes a distribution here. Copies and files hold the flow
+        without it. Training is compiled by ``fit_density(..., compile=True)``.
+        """
+        self.__dict__["log_prob"] = torch.compile(type(self).log_prob.__get__(self), *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "log_prob"}
 
     @torch.no_grad()
     def sample(self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
@@ -121,16 +137,14 @@ class NormalizingFlow(nn.Module):
 
     def rsample(self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         """Draws with gradients with respect to the parameters. Shape as of ``sample``."""
-        return self.rsample_and_log_prob(sample_shape, context)[0]
+        return self._draw(sample_shape, context)[1]
 
     def rsample_and_log_prob(
         self, sample_shape: int | Sequence[int] = (), context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draws and their log-densities in nats, in one pass. Shapes: as of ``sample``, and that without data_shape."""
-        distribution = self(context)
-        x = distribution.base_dist.rsample(_as_shape(sample_shape))
-        y, log_det = distribution.transforms[0]._forward(x)
-        return y, distribution.base_dist.log_prob(x) - log_det
+        x, y, log_det = self._draw(sample_shape, context)
+        return y, self._log_base(x) - log_det
 
     def standardize(self, data: Tensor) -> None:
         """Store mean and standard deviation of the data, (N,) + data_shape, so that the flow sees unit scales."""
@@ -152,7 +166,8 @@ class NormalizingFlow(nn.Module):
                 num_curved = layer.fit(data)
             if isinstance(layer, Curves) and self.tails == "student":
                 self.raw_df.fill_(_raw_df(_HEAVY if num_curved else _NEARLY_NORMAL))
-            data, _ = layer._backward(data)
+            if layer is not self.chain.parts[1]:  # whose result none waits for
+                data = torch.cat([layer._backward(rows)[0] for rows in data.split(_ROWS_AT_ONCE)])
 
     def _units(self, curves: int, whiten: bool) -> list[Any]:
         shape = self.data_shape or self.event_shape
@@ -167,6 +182,21 @@ class NormalizingFlow(nn.Module):
         if self.tails == "student":
             unvalidated = UncheckedStudentT(1 + self.raw_df.exp(), self.loc, self.scale)
         return dist.Independent(unvalidated, len(self.event_shape), validate_args=False)
+
+    def _draw(self, sample_shape: int | Sequence[int], context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """x, y and log|det dy/dx|."""
+        base, chain, shape = self._base(), self._chain(context), _as_shape(sample_shape)
+        if min(shape, default=0) < 0:
+            raise ValueError(f"sample_shape must hold numbers of draws, 0 or more, got {tuple(shape)}")
+        if self.conditional or chain.batch_shape:
+            base = dist.TransformedDistribution(base, [chain]).base_dist  # which has the batch shape of the context
+        x = base.rsample(shape)
+        return x, *chain._forward(x)
+
+    def _log_base(self, x: Tensor) -> Tensor:
+        if self.tails == "student":
+            return sum_event(self._base().base_dist.log_prob(x), len(self.event_shape))
+        return normal_log_prob(x, self.loc, self.scale)
 
     def _chain(self, context: Tensor | None) -> ComposeFlow:
         if self.conditional != (context is not None):

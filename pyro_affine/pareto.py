@@ -245,9 +245,9 @@ def _product_khat(log_weights: Tensor, values: Tensor) -> float:
 
 
 def _check_log_weights(log_weights: Tensor) -> None:
-    if log_weights.dim() != 1 or log_weights.numel() == 0:
-        shape = tuple(log_weights.shape)
-        raise ValueError(f"log-weights must be a vector with one value for each draw, got shape {shape}")
+    if log_weights.dim() != 1 or log_weights.numel() == 0 or log_weights.is_complex():
+        got = f"{log_weights.dtype} of shape {tuple(log_weights.shape)}"
+        raise ValueError(f"log-weights must be a vector with one real value for each draw, got {got}")
     num_bad = int((log_weights.isnan() | (log_weights == math.inf)).sum())
     if num_bad:
         raise ValueError(f"log-weights must not be NaN or +inf, got {num_bad} such values; drop those draws")

@@ -69,6 +69,8 @@ class PSISResult:
 
     def __post_init__(self) -> None:
         """Leave out draws without a weight, smooth the rest."""
+        if self.log_weights.is_complex():
+            raise ValueError(f"log_weights must be real, got {self.log_weights.dtype}")
         log_weights = self.log_weights.detach().cpu().to(torch.float64)
         _check_sizes(log_weights, self.draws | self.deterministics)
         kept = (log_weights < math.inf).nonzero().squeeze(-1)  # NaN is not below either

@@ -221,9 +221,10 @@ class ConditionalMultiScale(ConditionalTransformModule):
 
 
 def _require_image(shape: Sequence[int]) -> Size:
+    shape = Size([shape] if isinstance(shape, int) else shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"images have shape (C, H, W) with one entry at least, got {tuple(shape)}; for grey use C = 1")
-    return Size(shape)
+    return shape
 
 
 def _shapes(index: int, level: FlowTransform) -> tuple[Size, Size]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,10 @@ from pyro_affine.latent_layout import LatentLayout
 from pyro_affine.random_state import seeded
 from pyro_affine.simulations import Simulations, Simulator
 
+_EPOCHS, _FEWEST_EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 100, 20, 300, 10_000
+_FEWEST_ROWS = 10  # a start at a regression needs some
+_WAIT = 400  # steps without a new best on held-out simulations
+
 
 class NeuralPosterior:
     """q(latents | data) for a Pyro model, trained on simulations by ``fit_posterior``; any data then cost one pass.
@@ -28,7 +33,8 @@ class NeuralPosterior:
 
         q = argmax E_{p(z, y)} log q(z | y),
 
-    which is the posterior for every y where the flow can express it.
+    which is the posterior for every y where the flow can express it. For one y alone, ``fit_posterior_at`` reaches more
+    with as many simulations.
 
     Args:
         model: a Pyro model; or a simulator whose output is a ``pyro.deterministic`` site.
@@ -44,6 +50,7 @@ class NeuralPosterior:
         density: the Module to save: ``save("posterior.pt", npe.density)``.
         simulator: source of simulations.
         layout: of the latents in the vector.
+        untrained: a copy of the density from before training; None for one that came trained.
 
     Raises:
         ValueError: naming the site, for one that the model has not, a discrete latent, one whose support depends on
@@ -91,6 +98,7 @@ class NeuralPosterior:
             density = AmortisedDensity(self.layout.size, encoder, seed=seed, **flow).to(sites[names[0]]["value"])
         _require_same(density, self.layout.size, observed_shapes)
         self.density = density
+        self.untrained = None if density.standardized else copy.deepcopy(density)
 
     def simulate(self, num_simulations: int, **options: Any) -> Simulations:
         """Pairs of latents and data; options as of ``Simulator.draw``."""
@@ -125,6 +133,8 @@ class NeuralPosterior:
 
         Shapes: (N, number of unconstrained entries), (N, width of the packed data).
         """
+        _require_rows(simulations)
+        self.layout.require_values(simulations.latents)
         latents = self.layout.unconstrain(simulations.latents)
         packed = self.density.encoder.pack(simulations.data)
         finite = latents.isfinite().all(-1) & packed.isfinite().all(-1)
@@ -134,8 +144,11 @@ class NeuralPosterior:
                 "to where data are finite; if NaN stands for missing rows, use a summary such as DeepSets",
                 stacklevel=3,
             )
-        if not finite.any():
-            raise ValueError(f"some simulation must be finite, got none in {len(finite)}; look at one run of the model")
+        if finite.sum() < _FEWEST_ROWS:
+            raise ValueError(
+                f"{_FEWEST_ROWS} simulations at least must be finite, got {int(finite.sum())} of {len(finite)}; "
+                "simulate more, and look at one run of the model"
+            )
         return latents[finite], packed[finite]
 
     def _no_likelihood(self) -> str:
@@ -153,7 +166,7 @@ def fit_posterior(
     at_once: bool | None = None,
     path: str | os.PathLike[str] | None = None,
     batch_size: int = 256,
-    patience: int = 4,
+    patience: int | None = None,
     seed: int | None = None,
     progress: bool = True,
     **options: Any,
@@ -161,7 +174,9 @@ def fit_posterior(
     """Train a ``NeuralPosterior`` by maximum likelihood on simulations from the prior.
 
     A tenth of the simulations is held out; the fit ends when their log-density no longer rises, and keeps the weights
-    that are best on them. A second call goes on with the weights of the first, on new simulations.
+    that are best on them. With no budget given (``num_steps``, ``num_epochs`` or ``seconds``) it takes at most 100
+    passes over the simulations, within 300 and 10,000 steps: where simulations are few, more passes learn them by
+    heart. A second call goes on with the weights of the first, on new simulations.
 
     Args:
         npe: what to train.
@@ -171,7 +186,8 @@ def fit_posterior(
             number drawn between them, so that the posterior knows data of all these sizes.
         at_once, path: as in ``Simulator.draw``: whether many simulations run at once; folder to keep them in.
         batch_size: simulations in a step.
-        patience: number of held-out scores, one every 100 steps at least, without a new best to wait for.
+        patience: number of held-out scores, one in each pass or a few short ones, without a new best to wait for; by
+            default those of 400 steps, four at least.
         seed: makes simulations and fit reproducible.
         progress: whether to show bars.
         options: further ones of ``fit_density``, such as ``num_steps``, ``seconds``, ``learning_rate``, ``checkpoint``.
@@ -198,14 +214,17 @@ def fit_posterior(
             simulations = _cut(simulations, npe.density.encoder, sizes)
         latents, packed = npe.pairs(simulations)
         npe.density.store_units(latents, packed)
-        call: dict[str, Any] = {
-            "batch_size": batch_size,
-            "patience": patience,
-            "seed": seed,
-            "progress": progress,
-            **options,
-        }
-        return fit_density(npe.density, latents, packed, **call)
+        per_epoch = -(-len(latents) // batch_size)
+        if not {"num_steps", "num_epochs", "seconds"} & set(options):
+            options["num_steps"] = _num_steps(per_epoch)
+        patience = max(4, _WAIT // max(per_epoch, 20)) if patience is None else patience
+        call: dict[str, Any] = {"batch_size": batch_size, "patience": patience, "seed": seed, "progress": progress}
+        return fit_density(npe.density, latents, packed, **call, **options)
+
+
+def _num_steps(per_epoch: int) -> int:
+    """A hundred epochs, within limits; twenty where there are so many simulations that these take longer."""
+    return max(min(max(_EPOCHS * per_epoch, _FEWEST_STEPS), _MOST_STEPS), _FEWEST_EPOCHS * per_epoch)
 
 
 def _by_site(summary: Any, observed: Sequence[str]) -> Mapping[str, nn.Module]:
@@ -225,6 +244,14 @@ def _require_same(density: AmortisedDensity, size: int, shapes: dict[str, torch.
         raise ValueError(
             f"the density must be for {size} unconstrained latents and observed sites {_words(shapes)}, got one for "
             f"{found[0]} and {_words(found[1])}; pass the model that it was trained for"
+        )
+
+
+def _require_rows(simulations: Simulations) -> None:
+    sizes = {name: len(x) for part in (simulations.latents, simulations.data) for name, x in part.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"each site of simulations must have the same number of rows, got {sizes}; cut them to one size"
         )
 
 

@@ -60,6 +60,8 @@ class Simulator:
         latents, observed: names, in the order of the model.
         averaged: names of the sites that are drawn and forgotten.
         sites: every sample site of one run, by name.
+        program: the model, with what it observes drawn.
+        probes: traces of a few runs.
 
     Raises:
         ValueError: naming the site: one that the model has not, a discrete latent, one whose support depends on other
@@ -85,10 +87,10 @@ class Simulator:
         kwargs: dict[str, Any] | None = None,
     ) -> None:
         self.args, self.kwargs = args, kwargs or {}
-        self._program = _Draw(observed)(model)
+        self.program = _Draw(observed)(model)
         with seeded(0), torch.no_grad():
-            self._probes = [first_success(self._trace) for _ in range(_NUM_PROBES)]
-        self.sites = sample_sites(self._probes[0])
+            self.probes = [first_success(self._trace) for _ in range(_NUM_PROBES)]
+        self.sites = sample_sites(self.probes[0])
         _require_sites("observed", observed, self.sites)
         free = [name for name, site in self.sites.items() if not site["is_observed"] and name not in observed]
         _require_sites("latents", free if latents is None else latents, {name: self.sites[name] for name in free})
@@ -127,27 +129,25 @@ class Simulator:
         """
         if num_simulations < 1:
             raise ValueError(f"num_simulations must be 1 or more, got {num_simulations}")
-        at_once = self._allows_many() if at_once is None else at_once
+        at_once = self.allows_many() if at_once is None else at_once
         if path is None:
             with seeded(seed):
-                return self._run(num_simulations, at_once, progress)
+                return self.complete({}, num_simulations, at_once=at_once, progress=progress)
         folder, pieces = Path(path), []
         seed = self._recorded_seed(folder, seed)
         for index in range(-(-num_simulations // _CHUNK)):
             file = folder / f"simulations-{index:06d}.pt"
             if not file.exists():
                 with seeded((seed + index) % 2**63):
-                    piece = self._run(_CHUNK, at_once, progress)
+                    piece = self.complete({}, _CHUNK, at_once=at_once, progress=progress)
                 _save({"latents": piece.latents, "data": piece.data}, file)
             pieces.append(Simulations(**_load(file)))
-        return _join(pieces)[:num_simulations]
+        return join(pieces)[:num_simulations]
 
-    def _trace(self) -> Any:
-        return poutine.trace(self._program).get_trace(*self.args, **self.kwargs)
-
-    def _run(self, num_simulations: int, at_once: bool, progress: bool) -> Simulations:
+    def complete(self, values: Rows, num_simulations: int, *, at_once: bool, progress: bool) -> Simulations:
+        """Simulations with these values of some sites, such as latents; see ``draw``."""
         call: dict[str, Any] = {"args": self.args, "kwargs": self.kwargs, "progress": progress}
-        replay = Replay(self._program, {}, num_draws=num_simulations, **call)
+        replay = Replay(self.program, values, num_draws=num_simulations, **call)
         wanted = {name: self.sites[name] for name in (*self.latents, *self.observed)}
         rows, failures = replay.collect(value_reader(wanted), at_once=at_once)
         if failures:
@@ -160,23 +160,26 @@ class Simulator:
         rows = {name: value[kept.to(value.device)] for name, value in rows.items()}
         return Simulations(*({name: rows[name] for name in names} for names in (self.latents, self.observed)))
 
-    def _allows_many(self) -> bool:
+    def allows_many(self) -> bool:
         """Whether log-densities and deterministic sites of runs in a plate are those of single runs; else a warning."""
-        if any(_shapes(sample_sites(trace)) != _shapes(self.sites) for trace in self._probes):
+        if any(_shapes(sample_sites(trace)) != _shapes(self.sites) for trace in self.probes):
             return False
         drawn = [name for name, site in self.sites.items() if not is_deterministic(site)]
-        values: Rows = {name: torch.stack([trace.nodes[name]["value"] for trace in self._probes]) for name in drawn}
+        values: Rows = {name: torch.stack([trace.nodes[name]["value"] for trace in self.probes]) for name in drawn}
         fixed = value_reader({name: site for name, site in self.sites.items() if is_deterministic(site)})
 
         def read(trace: Any, lanes: Lanes) -> Rows:
             return read_log_prob(trace, lanes) | fixed(trace, lanes)
 
         call: dict[str, Any] = {"args": self.args, "kwargs": self.kwargs, "progress": False}
-        return Replay(self._program, values, num_draws=_NUM_PROBES, **call).allows(read)
+        return Replay(self.program, values, num_draws=_NUM_PROBES, **call).allows(read)
+
+    def _trace(self) -> Any:
+        return poutine.trace(self.program).get_trace(*self.args, **self.kwargs)
 
     def _check_sites(self) -> None:
         for name in (*self.latents, *self.observed):
-            found = [sample_sites(trace).get(name) for trace in self._probes]
+            found = [sample_sites(trace).get(name) for trace in self.probes]
             if any(site is None or site["value"].shape != self.sites[name]["value"].shape for site in found):
                 raise ValueError(
                     f"each run must have the same sites of the same shapes, got site '{name}' missing or of another "
@@ -190,7 +193,7 @@ class Simulator:
                 "prior can not honour it: add it to observed, or move what it says into the prior"
             )
         for name in self.latents:
-            _check_support(name, [trace.nodes[name]["fn"] for trace in self._probes])
+            _check_support(name, [trace.nodes[name]["fn"] for trace in self.probes])
 
     def _recorded_seed(self, folder: Path, seed: int | None) -> int:
         """The seed that the files of a folder began with; the first call writes it, with the sites."""
@@ -260,7 +263,8 @@ def _check_subsample(name: str, site: Site) -> None:
             )
 
 
-def _join(pieces: Sequence[Simulations]) -> Simulations:
+def join(pieces: Sequence[Simulations]) -> Simulations:
+    """Several sets of simulations of the same sites as one."""
     latents = {name: torch.cat([piece.latents[name] for piece in pieces]) for name in pieces[0].latents}
     return Simulations(latents, {name: torch.cat([piece.data[name] for piece in pieces]) for name in pieces[0].data})
 

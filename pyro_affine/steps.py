@@ -44,11 +44,11 @@ class Step(Protocol):
     def tensors(self) -> list[Tensor]:
         """What is trained, as it is now."""
 
-    def forward(self, x: Any, tensors: list[Tensor]) -> Made:
-        """From the base side to the data side."""
+    def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
+        """From the base side to the data side; without a record, what it makes can be neither pulled nor pushed."""
 
-    def inverse(self, y: Any, tensors: list[Tensor]) -> Made:
-        """From the data side to the base side."""
+    def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
+        """From the data side to the base side, likewise."""
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

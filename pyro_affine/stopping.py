@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Budget:
         num_steps: number of steps, or None for no limit in steps.
         seconds: wall-clock time from here on, set-up included, or None for no limit in time.
         decay: share of the fit, in [0, 1), over which the step size falls to zero.
+        clock: gives the time in seconds; that of this process by default.
 
     Raises:
         ValueError: if neither limit is given, if one is not positive, or if ``decay`` is out of range.
@@ -34,7 +36,14 @@ class Budget:
     (0.75, True, False)
     """
 
-    def __init__(self, num_steps: int | None = None, seconds: float | None = None, *, decay: float = 0.5) -> None:
+    def __init__(
+        self,
+        num_steps: int | None = None,
+        seconds: float | None = None,
+        *,
+        decay: float = 0.5,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         if num_steps is None and seconds is None:
             raise ValueError("a budget needs num_steps or seconds, got neither; give at least one of them")
         for name, value in (("num_steps", num_steps), ("seconds", seconds)):
@@ -44,11 +53,12 @@ class Budget:
             raise ValueError(f"decay must be in [0, 1), got {decay}; 0.5 decays over the second half")
         self.num_steps, self.seconds, self.decay = num_steps, seconds, decay
         self.step, self.elapsed, self.end, self._reserved = 0, 0.0, 1.0, 0.0
-        self._mark = time.perf_counter()
+        self.clock = clock or time.perf_counter
+        self._mark = self.clock()
 
     def tick(self) -> None:
         """Count one step and the time since the last one."""
-        now = time.perf_counter()
+        now = self.clock()
         self.step += 1
         self.elapsed += now - self._mark
         self._mark = now
@@ -99,7 +109,7 @@ class Budget:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint; the time between the runs is not counted."""
         self.step, self.elapsed, self.end = state["step"], state["elapsed"], state["end"]
-        self._mark = time.perf_counter()
+        self._mark = self.clock()
 
 
 class Plateau:
@@ -162,8 +172,8 @@ class Patience:
         return self._waited >= self.limit
 
     def reset(self) -> None:
-        """Wait anew; the best stays."""
-        self._waited = 0
+        """Wait anew, and for a best from here on."""
+        self._best, self._waited = -math.inf, 0
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""

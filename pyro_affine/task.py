@@ -23,6 +23,7 @@ class Task(Protocol):
     score_name: str
     remedy: str
     arguments: dict[str, Any]
+    weight: float  # number of rows or draws that the loss is a mean of; asked for only where there are ``processes``
 
     @property
     def num_dropped(self) -> int:
@@ -41,7 +42,7 @@ class Task(Protocol):
         """Scores by which the weights to keep are chosen."""
 
     def grow(self) -> bool:
-        """Average each loss over more draws or rows from here on; False if it does not."""
+        """From here on average losses over more draws, or hold weights nearer to zero; False if there is no more."""
 
     def locate(self) -> str:
         """The first site or layer at which the loss of the step is not finite; empty if there is none."""
@@ -66,6 +67,8 @@ class LoopOptions:
         checkpoint: file that the fit is saved to and resumed from; missing folders are made.
         every: number of steps between checkpoints.
         progress: whether to show a bar.
+        average: score the moving average of the weights instead of themselves, and go back to it where it was best
+            whenever scores stall. Without it, the average is one more candidate at the end.
 
     Raises:
         ValueError: if a number of steps is too small, or ``checkpoint`` is a folder.
@@ -76,6 +79,7 @@ class LoopOptions:
     checkpoint: str | os.PathLike[str] | None = None
     every: int = 500
     progress: bool = True
+    average: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("warmup", 0), ("evaluate_every", 1), ("every", 1)):
@@ -90,12 +94,30 @@ class LoopOptions:
             path.parent.mkdir(parents=True, exist_ok=True)
 
 
-def make_optimizer(factory: OptimizerFactory, parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+def arguments_of(
+    task: Task, optimizer: torch.optim.Optimizer, *, budget: Any, rule: Any, options: LoopOptions
+) -> dict[str, str]:
+    """What a fit and a checkpoint of it must agree in."""
+    arguments = {
+        "fit": task.kind,
+        "num_steps": budget.num_steps,
+        "seconds": budget.seconds,
+        "decay": budget.decay,
+        "warmup": options.warmup,
+        "evaluate_every": options.evaluate_every,
+        rule.name: rule.limit,
+        "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
+        **task.arguments,
+    }
+    return {name: str(value) for name, value in arguments.items()}
+
+
+def make_optimizer(factory: OptimizerFactory, parameters: list[Any], **options: Any) -> torch.optim.Optimizer:
     """An optimiser over the parameters.
 
     Args:
         factory: a class such as ``torch.optim.Adam``, or a ``functools.partial`` of one.
-        parameters: what it trains.
+        parameters: what it trains, or groups of it.
         options: keyword arguments, ``lr`` among them.
 
     Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,16 @@ class Weights:
         for name, value in values.items():
             tensors[name].copy_(value)
 
+    @contextmanager
+    def replaced_by(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Other values, or none, for a block; then those from before."""
+        before = self.copy() if values else {}
+        self.restore(values)
+        try:
+            yield
+        finally:
+            self.restore(before)
+
     def gradients(self) -> list[Tensor]:
         """The gradients that are there."""
         return [p.grad for p in self.parameters.values() if p.grad is not None]
@@ -80,6 +91,10 @@ class MovingAverage:
         for name, parameter in self._parameters.items():
             self.values[name].lerp_(parameter, 1 - decay)
         self.count += 1
+
+    def restart(self) -> None:
+        """Forget all updates."""
+        self.count, self.values = 0, {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 import warnings
 from typing import Any, NoReturn
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_affine.checkpoint import check_same, fingerprint, read_checkpoint, write_checkpoint
+from pyro_affine.distributed import ALONE, Processes
 from pyro_affine.fit_result import FitResult, NonFiniteError
 from pyro_affine.particles import BAD_DRAW, first_line
 from pyro_affine.progress import ProgressBar
@@ -19,11 +19,10 @@ from pyro_affine.random_state import random_state, set_random_state
 from pyro_affine.recovery import PERSISTENT, RESCUE_FACTOR, Recovery
 from pyro_affine.step_size import MedianClip, gradient_norm, learning_rate_factor
 from pyro_affine.stopping import Budget, Patience, Plateau, is_better, mean_and_error
-from pyro_affine.task import LoopOptions, Task
+from pyro_affine.task import LoopOptions, Task, arguments_of
 from pyro_affine.trained_weights import MovingAverage, Weights
 
-# The learning rate must have fallen by half before a rule ends the fit: that is when averaging pays.
-_SLOW = 0.5
+_SLOW = 0.5  # the learning rate must have fallen by half before a rule ends the fit: that is when averaging pays
 _MOST_CANDIDATES = 3  # weights that are scored at the end: last, average, best
 
 
@@ -55,21 +54,22 @@ class TrainingLoop:
         options: LoopOptions,
     ) -> None:
         self.task, self.weights, self.optimizer = task, weights, optimizer
+        self.processes: Processes = getattr(task, "processes", ALONE)
         self.budget, self.rule, self.options = budget, rule, options
-        self.result = FitResult(task.kind)
-        self.clip = MedianClip()
+        self.result, self.clip = FitResult(task.kind), MedianClip()
         self.average = MovingAverage(weights.parameters)
         self.recovery = Recovery(weights, optimizer)
-        self._identity = {"architecture": fingerprint(weights.tensors()), "arguments": self._arguments()}
+        arguments = arguments_of(task, optimizer, budget=budget, rule=rule, options=options)
+        self._identity = {"architecture": fingerprint(weights.tensors()), "arguments": arguments}
         self._rates = [group["lr"] for group in optimizer.param_groups]
         self._warmup = min(options.warmup, (budget.num_steps or sys.maxsize) // 10)
         self._best: dict[str, Any] = {"value": -math.inf}
-        self._evaluated, self._decay_begun, self._mid_step = 0, False, False
+        self._evaluated, self._restarted, self._decay_begun, self._mid_step = 0, 0, False, False
         self.bar = ProgressBar(
             task.kind,
             budget.num_steps,
             budget.seconds,
-            show=options.progress,
+            show=options.progress and self.processes.rank == 0,
             describe=lambda loss: f"{task.loss_name} {task.describe(loss)}",
         )
 
@@ -96,7 +96,7 @@ class TrainingLoop:
         except BaseException as error:
             if not self._mid_step:
                 self._save()
-            if not isinstance(error, KeyboardInterrupt):
+            if not isinstance(error, KeyboardInterrupt) or self.processes.size > 1:
                 raise
             self.result.reason = "interrupted"
 
@@ -127,17 +127,22 @@ class TrainingLoop:
         self._mark_boundary()
 
     def _set_rates(self) -> None:
-        factor = learning_rate_factor(self.budget.step, self.budget.into_decay, warmup=self._warmup)
+        factor = learning_rate_factor(self.budget.step - self._restarted, self.budget.into_decay, warmup=self._warmup)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor * self.recovery.rate_scale
 
     def _differentiate(self) -> tuple[float, float, Exception | None]:
         self.optimizer.zero_grad(set_to_none=True)
+        loss, problem = torch.tensor(math.nan), None
         try:
             loss = self.task.loss()
             loss.backward()
         except BAD_DRAW as error:
-            return math.nan, math.nan, error
+            loss, problem = torch.tensor(math.nan), error
+        if self.processes.size > 1:
+            loss = self.processes.average(self.weights.parameters.values(), loss.detach(), self.task.weight)
+        if problem is not None:
+            return math.nan, math.nan, problem
         value, norm = torch.stack([loss.detach(), gradient_norm(self.weights.gradients()).to(loss)]).tolist()
         if math.isfinite(value) and math.isfinite(norm):
             return value, norm, None
@@ -154,7 +159,7 @@ class TrainingLoop:
             for gradient in self.weights.gradients():
                 gradient.mul_(factor)
         self.optimizer.step()
-        if self.budget.decaying:
+        if self.budget.decaying or self.options.average:
             self.average.update()
 
     def _skip(self, problem: Exception) -> None:
@@ -194,9 +199,10 @@ class TrainingLoop:
         return self.budget.step % self.options.evaluate_every == 0 and self.budget.step != self._evaluated
 
     def _evaluate(self) -> None:
-        start = time.perf_counter()
-        scores = self.task.scores()
-        self.budget.reserve(_MOST_CANDIDATES * (time.perf_counter() - start))
+        start = self.budget.clock()
+        with self.weights.replaced_by(self.average.values if self.options.average else {}):
+            scores, scored = self.task.scores(), self.weights.copy()
+        self.budget.reserve(_MOST_CANDIDATES * (self.budget.clock() - start))
         self._evaluated = self.budget.step
         if scores is None:
             return
@@ -205,7 +211,7 @@ class TrainingLoop:
         self.result.validation_steps.append(self.budget.step)
         self.bar.note = f", {self.task.score_name} {self.task.describe(-value)}"
         if value > self._best["value"]:
-            self._best = {"value": value, "step": self.budget.step, "weights": self.weights.copy()}
+            self._best = {"value": value, "step": self.budget.step, "weights": scored}
         if self.budget.decaying and not self._decay_begun:
             self._begin_decay()
         if self.budget.step and self.rule.update(scores):  # a fit that has not begun can not have stalled
@@ -214,13 +220,24 @@ class TrainingLoop:
     def _settle(self) -> None:
         if not self.budget.decaying and self.task.grow():
             self.rule.reset()
+            if self.options.average:
+                self._start_again()
         elif not self.budget.decaying:
             self.budget.begin_decay()
             self.bar.shorten(self.budget.end)
-            self.weights.restore(self._best.get("weights", {}))
+            self._go_to_best()
             self._begin_decay()
         elif self.budget.into_decay >= _SLOW:
             self.result.reason = self.rule.name
+
+    def _go_to_best(self) -> None:
+        self.weights.restore(self._best.get("weights", {}))
+        self.average.restart()
+
+    def _start_again(self) -> None:
+        self._go_to_best()
+        self.optimizer.state.clear()  # moments of what was learnt by heart make steps too small for a higher decay
+        self._restarted = self.budget.step
 
     def _begin_decay(self) -> None:
         self._decay_begun = True
@@ -250,17 +267,19 @@ class TrainingLoop:
         self._mid_step = False
 
     def _save(self) -> None:
-        if self.options.checkpoint is None:
+        if self.options.checkpoint is None or self.processes.rank:
             return
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         own = {"boundary": self._boundary, "best": self._best, "evaluated": self._evaluated}
+        own |= {"restarted": self._restarted, "decay_begun": self._decay_begun}
         last = {"weights": self.weights.copy(), "finished": bool(self.result.reason)}
-        state = {**self._identity, **parts, **own, **last, "decay_begun": self._decay_begun}
+        state = {**self._identity, **parts, **own, **last}
         write_checkpoint(self.options.checkpoint, state)
 
     def _resume(self) -> bool:
-        path = self.options.checkpoint
-        state = None if path is None else read_checkpoint(path)
+        self.processes.require_same("arguments", self._identity["arguments"])
+        path, is_first = self.options.checkpoint, self.processes.rank == 0
+        state = self.processes.from_first(read_checkpoint(path) if path and is_first else None)
         if path is None or state is None:
             return False
         for what in self._identity:
@@ -268,25 +287,11 @@ class TrainingLoop:
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         self.weights.restore(state["weights"])
-        self._best, self._evaluated, self._decay_begun = state["best"], state["evaluated"], state["decay_begun"]
+        self._best, self._evaluated, self._restarted = state["best"], state["evaluated"], state.get("restarted", 0)
+        self._decay_begun = state["decay_begun"]
         self.task.load_state_dict(state["boundary"]["task"])
         set_random_state(state["boundary"]["random_state"])
         return bool(state["finished"])
-
-    def _arguments(self) -> dict[str, str]:
-        budget, options = self.budget, self.options
-        arguments = {
-            "fit": self.task.kind,
-            "num_steps": budget.num_steps,
-            "seconds": budget.seconds,
-            "decay": budget.decay,
-            "warmup": options.warmup,
-            "evaluate_every": options.evaluate_every,
-            self.rule.name: self.rule.limit,
-            "optimizer": f"{type(self.optimizer).__name__} {self.optimizer.defaults}",
-            **self.task.arguments,
-        }
-        return {name: str(value) for name, value in arguments.items()}
 
     def _parts(self) -> dict[str, Any]:
         names = ("optimizer", "budget", "rule", "recovery", "clip", "average", "result")

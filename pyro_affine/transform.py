@@ -51,6 +51,8 @@ class FlowTransform(TransformModule):
     def __init__(self, event_shape: tuple[int, ...] | None, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         self.event_shape = None if event_shape is None else Size(event_shape)
+        if min(self.event_shape or (1,)) < 1:
+            raise ValueError(f"an event needs one entry at least in each dimension, got shape {event_shape}")
         self._pair: _Pair | None = None
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,9 +145,7 @@ class FlowTransform(TransformModule):
         self._check_type(value)
 
     def _check_type(self, value: Tensor) -> None:
-        if torch.compiler.is_compiling():
-            return
-        own = next((t for t in self._tensors() if t.is_floating_point()), None)
+        own = None if torch.compiler.is_compiling() else next(filter(Tensor.is_floating_point, self._tensors()), None)
         if own is None or (value.dtype, value.device) == (own.dtype, own.device):
             return
         if value.device != own.device or not torch.is_autocast_enabled(own.device.type):

@@ -21,24 +21,24 @@ import pyro_affine
 FLOORS = {  # files of one floor do not know each other
     "transform masks scales conditioners bounded_input convolutions partition steps": 0,
     "pareto verdict weighted traces inference_data health_report neutra_result uniformity": 0,
-    "checkpoint progress random_state fit_result step_size stopping task trained_weights parameters": 0,
-    "gaussian warped_model known_classes data_encoder latent_layout regression student summaries": 0,
+    "checkpoint progress random_state fit_result step_size stopping task trained_weights weight_decay parameters": 0,
+    "gaussian warped_model known_classes data_encoder latent_layout normal regression student summaries stored_rows": 0,
     "foreign coupling actnorm invertible_linear conv_net linear low_rank tails whitening curves correlations": 1,
-    "reshape images memory": 1,
-    "replay psis_result batches recovery blueprint saved_guide pathfinder support_check": 1,
-    "coupling_step layer_steps density_task draws particles plots serialize": 2,
-    "fused latent_density simulations training": 3,
-    "compose fit_density warm_start": 4,
-    "audit gradients image_flows normalizing_flow": 5,
+    "network_step reshape images memory": 1,
+    "distributed replay psis_result batches recovery blueprint saved_guide pathfinder support_check": 1,
+    "coupling_step layer_steps draws particles plots serialize stored_batches draws_on_disk": 2,
+    "fused latent_density simulations training compiled": 3,
+    "compose density_task recorded warm_start": 4,
+    "audit fit_density gradients image_flows normalizing_flow": 5,
     "flows diagnostics latent_elbo": 6,
     "columns export guides guide_task health amortised_density": 7,
     "amortised_posterior conditional_guide fit neutra": 8,
-    "simulate": 9,
-    "calibration": 10,
+    "simulate truncated_prior": 9,
+    "calibration rounds": 10,
 }
 FLOOR_OF = {name: floor for names, floor in FLOORS.items() for name in names.split()}
 FREE = ("__init__", "__main__")  # these may import from every floor
-IMPORTED_LATE = ("arviz", "matplotlib", "pandas", "tqdm")  # slow to import, needed by few functions
+IMPORTED_LATE = ("arviz", "matplotlib", "pandas", "pyarrow", "tqdm")  # slow to import, needed by few functions
 CATCH_ALL = ("utils", "util", "helpers", "misc")
 MAX_FILE_LINES = 300
 MAX_FUNCTION_LINES = 40

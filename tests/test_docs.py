@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -13,13 +14,19 @@ import pyro
 import pytest
 import torch
 
+import pyro_affine
+
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+API = sorted((ROOT / "docs" / "api").glob("*.md"))
 LINKED = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # A mark, the code, and a text block right below it, which is what the code prints.
 _BLOCK = re.compile(r"(<!-- [\w ]+ -->\n)?```python\n(.*?)```\n(?:\n(<!-- varies -->\n)?```text\n(.*?)```)?", re.DOTALL)
 _STEPS = re.compile(r"num_steps=\d+")  # what a fit prints is marked as varying
+_CELL = re.compile(r"```\{code-cell\} ipython3\n(?:%[^\n]*\n)?(.*?)```", re.DOTALL)
+_ENTRY = re.compile(r"^\.\. auto(?:class|function|exception):: (\w+)$", re.MULTILINE)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -59,6 +66,19 @@ def test_code_of_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch)
                 printed = run(block, names, page.name)
             if block.printed is not None:
                 assert printed == block.printed, block.source
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_tutorial_has_some_cells_and_its_imports_are_there(page):  # make docs runs them
+    cells = [ast.parse(cell) for cell in _CELL.findall(page.read_text())]
+    imports = [node for node in cells[0].body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    exec(compile(ast.Module(imports, []), page.name, "exec"), {})
+    assert 10 <= len(cells) <= 20
+
+
+def test_every_public_name_stands_on_one_api_page():
+    named = [name for page in API for name in _ENTRY.findall(page.read_text())]
+    assert sorted(named) == sorted(pyro_affine.__all__)
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: str(page.relative_to(ROOT)))

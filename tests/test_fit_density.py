@@ -108,13 +108,6 @@ def test_a_conditional_flow() -> None:
     assert result.validation_losses[-1] < result.losses[0]
 
 
-def test_weight_decay_reaches_the_optimizer() -> None:
-    decayed, plain = Gaussian(2), Gaussian(2)
-    fit(plain, rows())
-    fit(decayed, rows(), weight_decay=5.0)
-    assert decayed.loc.abs().sum() < plain.loc.abs().sum() - 0.1
-
-
 def test_flow_trains_in_training_mode_scores_in_evaluation_mode_and_comes_back_as_it_was() -> None:
     flow = Gaussian(2).eval()
     fit(flow, rows(), num_steps=5)

@@ -10,7 +10,8 @@ from cases import assert_close, randomised
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from pyro_affine import ComposeFlow, NormalizingFlow, real_nvp
+from pyro_affine import ComposeFlow, NormalizingFlow, network_step, real_nvp
+from pyro_affine.bounded_input import BoundedInput
 from pyro_affine.conditioners import MLP, ResidualMLP
 from pyro_affine.coupling import AffineCoupling
 from pyro_affine.fused import Plan, Run
@@ -47,8 +48,14 @@ CHAINS = {
         layer(half_mask(5)), LOFT((5,), 0.3), LowerTriangularAffine(torch.ones(5), 2.0), *units(5),
     ],
     "a part without a step": lambda: [
-        layer(half_mask(5)), AffineCoupling(half_mask(5), ResidualMLP(2, 3, 6)), *(layer(half_mask(5)) for _ in "ab"),
+        layer(half_mask(5)), layer(half_mask(5), separate=True), *(layer(half_mask(5)) for _ in "ab"),
     ],
+    "residual, bounded inputs": lambda: [real_nvp(5, num_layers=4, hidden_dim=6, input_bound=1.5)],
+    "residual, two blocks": lambda: [AffineCoupling(half_mask(5), ResidualMLP(2, 3, 6, 2)), layer(half_mask(5))],
+    "residual, other activations": lambda: [
+        AffineCoupling(half_mask(5), ResidualMLP(2, 3, 6, 1, activation=a)) for a in (nn.Tanh, nn.ReLU)
+    ],
+    "bounded MLP, gathered": lambda: [AffineCoupling(alternating_mask(5), BoundedInput(MLP(3, 2, (6,)), 2.0))],
     "one network twice": lambda: [shared := layer(half_mask(5)), Permutation(torch.tensor([4, 3, 2, 1, 0])), shared],
 }  # fmt: skip
 BATCHES = [(), (3,), (2, 3), (0,)]
@@ -235,6 +242,20 @@ def test_autocast_is_left_to_the_layers():
     flow = NormalizingFlow(real_nvp(4), 4).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert flow.log_prob(torch.zeros(2, 4, dtype=torch.float32)).shape == (2,)
+
+
+def test_inference_mode_leaves_nothing_behind():
+    chain, value = make_chain("residual, bounded inputs"), torch.randn(3, 5, requires_grad=True)
+    network_step._number.cache_clear()
+    with torch.inference_mode():
+        chain._forward(value)
+    firsts = gradients(chain._forward(value), [value], create_graph=True)
+    assert torch.autograd.grad(firsts[0].sum(), value)[0].isfinite().all()
+
+
+def test_the_meta_device_is_left_to_the_layers():
+    flow = NormalizingFlow(real_nvp(4), 4).to("meta")
+    assert flow.log_prob(torch.zeros(2, 4, device="meta")).shape == (2,)
 
 
 def test_a_chain_without_a_fused_run_has_a_plan_that_holds():

@@ -9,10 +9,12 @@ import torch
 from cases import randomised
 from torch.profiler import ProfilerActivity, profile
 
-from pyro_affine import AffineCoupling, real_nvp
+from pyro_affine import AffineCoupling, NormalizingFlow, real_nvp
 
 MOST_BEYOND_THE_NETWORK = 6  # of a coupling: leaky_relu twice, atan2, mul, exp, addcmul
 OF_A_REORDERING = 3  # the halves are joined, reordered and cut again
+BACK_OF_A_LINEAR_MAP = 7  # bias, weight (a transpose first), input, activation; both gradients handed over
+OF_BASE_AND_UNITS = 14  # 7 each
 OF_A_CHAIN = 7  # reshapes, the cut, the last join, all log-determinants in one cat and one sum
 
 
@@ -33,12 +35,16 @@ def _is_inside(event):
     return False
 
 
-def flow_of(num_layers):
-    return randomised(real_nvp(6, num_layers=num_layers, hidden_dims=(8, 8))).float()
+NETWORKS = {"MLP": {"hidden_dims": (8, 8)}, "residual, bounded inputs": {"hidden_dim": 8, "num_blocks": 2}}
+of_each_network = pytest.mark.parametrize("sizes", NETWORKS.values(), ids=NETWORKS)
 
 
-def beyond_the_networks(num_layers, run):
-    flow, x, kept = flow_of(num_layers), torch.randn(4, 6), torch.randn(4, 3)
+def flow_of(num_layers, sizes):
+    return randomised(real_nvp(6, num_layers=num_layers, **sizes)).float()
+
+
+def beyond_the_networks(num_layers, sizes, run):
+    flow, x, kept = flow_of(num_layers, sizes), torch.randn(4, 6), torch.randn(4, 3)
     networks = [part.conditioner for part in flow.parts if isinstance(part, AffineCoupling)]
     own = sum(operators(lambda: [network(kept) for network in networks]).values())
     return sum(operators(lambda: run(flow, x)).values()) - own
@@ -52,22 +58,37 @@ def without_gradients(flow, x):
 RUNS = {"without gradients": without_gradients, "with gradients": lambda flow, x: flow._forward(x)}
 
 
+@of_each_network
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
-def test_operators_of_a_coupling_forward(run):
-    few, many = (beyond_the_networks(num_layers, run) for num_layers in (4, 10))
+def test_operators_of_a_coupling_forward(run, sizes):
+    few, many = (beyond_the_networks(num_layers, sizes, run) for num_layers in (4, 10))
     of_pair = (many - few) / 3  # two couplings and the reordering before them
     assert of_pair <= 2 * MOST_BEYOND_THE_NETWORK + OF_A_REORDERING
     assert few <= 4 * MOST_BEYOND_THE_NETWORK + OF_A_REORDERING + OF_A_CHAIN
 
 
 def test_a_network_is_no_more_than_its_layers():
-    flow = flow_of(2)
-    counts = operators(lambda: flow._forward(torch.randn(4, 6)))
+    plain = flow_of(2, NETWORKS["MLP"])
+    counts = operators(lambda: plain._forward(torch.randn(4, 6)))
     assert counts["aten::linear"] == 6 and counts["aten::silu"] == 4
+    residual = flow_of(2, NETWORKS["residual, bounded inputs"])
+    counts = operators(lambda: residual._forward(torch.randn(4, 6)))
+    assert counts["aten::linear"] == 12 and counts["aten::silu"] == 10
+    assert counts["aten::tanh_"] == 2 and counts["aten::add"] == 4
 
 
-def test_a_gradient_costs_at_most_three_times_its_forward_pass():
-    flow, x = flow_of(10), torch.randn(4, 6)
-    forward = sum(operators(lambda: flow._forward(x)).values())
-    both = sum(operators(lambda: torch.autograd.backward(sum(v.sum() for v in flow._forward(x)))).values())
-    assert both <= 3 * forward
+@pytest.mark.parametrize(("kind", "beyond"), [("MLP", 7), ("residual, bounded inputs", 11)])  # each block adds one
+def test_operators_of_a_gradient(kind, beyond):
+    flow, x = flow_of(10, NETWORKS[kind]), torch.randn(4, 6)
+    forward = operators(lambda: flow._forward(x))
+    both = operators(lambda: torch.autograd.backward(sum(v.sum() for v in flow._forward(x))))
+    backward = sum((both - forward).values())
+    assert backward <= BACK_OF_A_LINEAR_MAP * forward["aten::linear"] + 10 * beyond
+
+
+def test_what_a_density_adds_to_its_couplings():
+    flow = NormalizingFlow(flow_of(4, NETWORKS["MLP"]), 6, curves=0, whiten=False)
+    y = torch.randn(4, 6)
+    with torch.no_grad():
+        own = sum(operators(lambda: flow.transform._backward(y)).values())
+        assert sum(operators(lambda: flow.log_prob(y)).values()) <= own + OF_BASE_AND_UNITS

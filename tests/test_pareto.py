@@ -30,6 +30,7 @@ TAILS = {
 }
 
 
+@pytest.mark.skipif(not hasattr(arviz, "psislw"), reason="ArviZ 1 rounds the size of the tail down, the paper up")
 @pytest.mark.parametrize("relative_efficiency", [1.0, 0.5])
 @pytest.mark.parametrize("make", TAILS.values(), ids=TAILS)
 def test_smoothing_agrees_with_arviz(make, relative_efficiency):

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pyro_affine import DeepSets, NeuralPosterior, Simulations, fit_posterior, load, save
 from pyro_affine.latent_layout import LatentLayout
+from pyro_affine.simulate import _num_steps
 from pyro_affine.simulations import Simulator
 
 TRIL = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
@@ -64,6 +65,18 @@ def test_training_finds_what_a_linear_start_can_not():
     assert draws.abs().mean() > 1.25  # 0.8 at the start, 2 in truth
     again = fit_posterior(npe, num_simulations=500, num_steps=1, seed=1, progress=False)
     assert again.best > fit.best - 0.5  # units and weights stay
+
+
+@pytest.mark.parametrize(("num_batches", "num_steps"), [(1, 300), (4, 400), (40, 4000), (200, 10_000), (4000, 80_000)])
+def test_default_budget_is_a_hundred_passes_within_limits(num_batches, num_steps):
+    assert _num_steps(num_batches) == num_steps
+
+
+def test_default_budget_gives_way_to_any_other():
+    npe = NeuralPosterior(gaussian, ["y"], **SMALL)
+    options = {"num_simulations": 100, "seed": 0, "progress": False}
+    assert fit_posterior(npe, num_epochs=2, **options).num_steps == 2
+    assert fit_posterior(npe, seconds=0.1, **options).reason == "seconds"
 
 
 def test_weights_and_evidence_with_the_likelihood():
@@ -280,11 +293,11 @@ def test_runs_that_fail_or_give_no_number_are_left_out():
             simulations = simulator.draw(200, seed=0, at_once=False)
     assert 120 < len(simulations) < 200 and simulations.latents["z"].min() > -1
     npe = NeuralPosterior(gaussian, ["y"], **SMALL)
-    pairs = npe.simulate(10, seed=0)
+    pairs = npe.simulate(20, seed=0)
     pairs.data["y"][3] = torch.inf
-    with pytest.warns(UserWarning, match="1 of 10 simulations are not finite"):
+    with pytest.warns(UserWarning, match="1 of 20 simulations are not finite"):
         latents, packed = npe.pairs(pairs)
-    assert len(latents) == len(packed) == 9
+    assert len(latents) == len(packed) == 19
 
 
 def test_files_are_read_again_and_more_are_added(tmp_path):
@@ -378,6 +391,10 @@ BAD_DATA = {
     "other shape": ({"y": torch.zeros(5, 3)}, r"site 'y' must have shape batch \+ \(5, 2\).* got \(5, 3\)"),
     "NaN": ({"y": torch.full((5, 2), torch.nan)}, r"NaN or inf in site \['y'\]"),
     "too few dimensions": ({"y": torch.zeros(2)}, r"got \(2,\)"),
+    "no dict": (torch.zeros(5, 2), r"a dict of values by site, got Tensor; its keys are \['y'\]"),
+    "no value": ({"y": None}, "site 'y' must be numbers .* got NoneType"),
+    "words": ({"y": "abc"}, "site 'y' must be numbers .* got str"),
+    "rows of unequal length": ({"y": [[0.0, 0.0], [1.0]]}, "site 'y' must be numbers .* got list"),
 }
 
 
@@ -403,6 +420,24 @@ def test_bad_values_sizes_and_batches_are_refused():
     with pytest.raises(ValueError, match="at most 5 rows"):
         many = NeuralPosterior(gaussian, ["y"], summary=DeepSets(2), **SMALL)
         many.condition({"y": torch.zeros(6, 2)})
-    nothing = Simulations({"loc": torch.zeros(3, 2)}, {"y": torch.full((3, 5, 2), torch.nan)})
-    with pytest.raises(ValueError, match="some simulation must be finite"):
-        npe.pairs(nothing)
+
+
+BAD_SIMULATIONS = {
+    "no latent": ({"z": torch.zeros(20, 2)}, {"y": torch.zeros(20, 5, 2)}, "got none for site 'loc'"),
+    "no data": ({"loc": torch.zeros(20, 2)}, {"x": torch.zeros(20, 5, 2)}, "none for 'y'|got \\['x'\\]"),
+    "latent of another shape": (
+        {"loc": torch.zeros(20, 3)},
+        {"y": torch.zeros(20, 5, 2)},
+        r"got \(20, 3\) for site 'loc'",
+    ),
+    "data of another shape": ({"loc": torch.zeros(20, 2)}, {"y": torch.zeros(20, 5, 3)}, "site 'y' must have shape"),
+    "unequal numbers": ({"loc": torch.zeros(20, 2)}, {"y": torch.zeros(19, 5, 2)}, "'loc': 20, 'y': 19"),
+    "none finite": ({"loc": torch.zeros(20, 2)}, {"y": torch.full((20, 5, 2), torch.nan)}, "got 0 of 20"),
+    "too few": ({"loc": torch.zeros(9, 2)}, {"y": torch.zeros(9, 5, 2)}, "10 simulations at least .* got 9 of 9"),
+}
+
+
+@pytest.mark.parametrize(("latents", "data", "message"), BAD_SIMULATIONS.values(), ids=BAD_SIMULATIONS)
+def test_bad_simulations_are_refused_with_the_site(latents, data, message):
+    with pytest.raises(ValueError, match=message):
+        fit_posterior(NeuralPosterior(gaussian, ["y"], **SMALL), simulations=Simulations(latents, data), progress=False)

@@ -663,3 +663,75 @@ def test_the_start_is_kept_where_training_makes_it_worse() -> None:
     task.disturb = lambda call, w: w.sum()
     fit = make_loop(task, num_steps=30, rate=1.0).run()
     assert fit.chosen == "best" and task.w.item() == 3.0
+
+
+# ---- the moving average in place of the weights
+
+
+class Seen(Bowl):
+    """Keeps the weights that are scored."""
+
+    def __init__(self, noise: float = 1.0) -> None:
+        super().__init__(noise)
+        self.seen: list[float] = []
+
+    def scores(self) -> Tensor | None:
+        self.seen.append(self.w.item())
+        return super().scores()
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_scored_is_the_average_or_the_weights(average: bool) -> None:
+    torch.manual_seed(0)
+    task = Seen()
+    loop = make_loop(task, num_steps=100, rule=Patience(1000), evaluate_every=10, average=average)
+    for _ in range(30):
+        loop._advance()
+    assert len(task.seen) == 3
+    assert (task.seen[-1] == loop.average.values["w"].item()) if average else (task.seen[-1] == task.w.item())
+    assert not average or task.w.item() != task.seen[-1]
+
+
+def test_training_goes_on_from_the_weights_themselves() -> None:
+    losses = []
+    for average in (False, True):
+        torch.manual_seed(0)
+        options = {"rule": Patience(1000), "evaluate_every": 10, "average": average}
+        losses.append(make_loop(Seen(), num_steps=100, **options).run().losses)
+    assert losses[0] == losses[1]
+
+
+def test_a_plateau_goes_back_to_the_best_average() -> None:
+    torch.manual_seed(0)
+    task = Seen()
+    task.growths = 1
+    loop = make_loop(task, num_steps=400, rule=Patience(2), evaluate_every=10, average=True)
+    returned = []
+    loop.weights.restore = lambda values, restore=loop.weights.restore: (  # type: ignore[method-assign]
+        restore(values),
+        returned.append(loop.weights.copy()["w"].item()),
+    )
+    loop.run()
+    assert task.growths < 0
+    assert any(value == min(task.seen, key=lambda w: abs(w - 3 - float(task.rows.mean()))) for value in returned)
+
+
+def test_a_plateau_warms_up_a_new_optimiser_and_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    def make(name: str, growths: int) -> TrainingLoop:
+        torch.manual_seed(0)
+        task = Seen()
+        task.growths = growths
+        options = {"rule": Patience(1), "evaluate_every": 10, "warmup": 20, "average": True}
+        return make_loop(task, num_steps=200, checkpoint=tmp_path / name, every=1000, **options)
+
+    whole = make("a", 1).run()
+    part = make("b", 1)
+    part._mark_boundary()
+    part._evaluate()
+    while not part._restarted:
+        part._advance()
+    assert not part.optimizer.state
+    part.step()
+    assert part.optimizer.param_groups[0]["lr"] == pytest.approx(0.1 / 20)
+    part._save()
+    assert make("b", 0).run().losses == whole.losses

@@ -3,6 +3,7 @@
     python tests/benchmarks/amortised.py                                  # everything: an hour on one core
     python tests/benchmarks/amortised.py --budgets 1000 --tasks "two moons"
     python tests/benchmarks/amortised.py --conjugate                      # the conjugate model alone
+    python tests/benchmarks/amortised.py --rounds                         # rounds near the data beside one for all
 
 A row: task, method, simulations, C2ST over the data sets (median, least to greatest; 0.5 is perfect, 1 is told apart
 always), seconds of training. ``sbi`` takes part if it is installed. "MAF" has its published defaults (five masked
@@ -27,7 +28,7 @@ import torch
 from amortised_tasks import TASKS, Task
 from torch import Tensor
 
-from pyro_affine import NeuralPosterior, Simulations, fit_posterior
+from pyro_affine import DeepSets, NeuralPosterior, Simulations, fit_posterior, fit_posterior_at
 
 Sampler = Callable[[int, Tensor], Tensor]
 
@@ -116,17 +117,18 @@ def run(name: str, method: str, *, budget: int, num_datasets: int, num_draws: in
     npe = NeuralPosterior(task.model, ["y"], latents=task.latents)
     simulations = npe.simulate(budget, seed=seed)
     data = npe.simulate(num_datasets, seed=1000).data["y"]  # the same for all methods and budgets
-    start = time.perf_counter()
+    start = time.process_time()
     sample = METHODS[method](task, npe, simulations, seed)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     torch.manual_seed(seed + 1)
     scores = [c2st(sample(num_draws, y), task.reference(num_draws, y)) for y in data]
     numbers = f"{statistics.median(scores):.3f} ({min(scores):.3f} to {max(scores):.3f})"
     print(f"| {name} | {method} | {budget} | {numbers} | {seconds:.0f} |", flush=True)
 
 
-def conjugate(budget: int, *, num_steps: int | None, seed: int) -> None:
+def conjugate(budget: int, *, sets: bool, num_steps: int | None, seed: int) -> None:
     """Errors of mean and standard deviation over 200 data sets of a Gaussian model, in exact standard deviations."""
+    budgeted = {} if num_steps is None else {"num_steps": num_steps}
 
     def model() -> None:
         loc = pyro.sample("loc", dist.Normal(torch.zeros(3), 1.0).to_event(1))
@@ -134,15 +136,47 @@ def conjugate(budget: int, *, num_steps: int | None, seed: int) -> None:
             pyro.sample("y", dist.Normal(loc, 1.0).to_event(1))
 
     torch.manual_seed(seed)
-    npe = NeuralPosterior(model, ["y"])
-    start = time.perf_counter()
-    fit = fit_posterior(npe, num_simulations=budget, num_steps=num_steps, seed=seed, progress=False)
-    seconds = time.perf_counter() - start
+    npe = NeuralPosterior(model, ["y"], summary=DeepSets(3) if sets else None)
+    start = time.process_time()
+    fit = fit_posterior(npe, num_simulations=budget, seed=seed, progress=False, **budgeted)
+    seconds = time.process_time() - start
     y = npe.simulate(200, seed=1000).data["y"]
-    draws = npe.condition({"y": y}).sample(20_000, seed=1)["loc"] * math.sqrt(6)
-    mean, sd = (draws.mean(0) - y.sum(1) / math.sqrt(6)).abs(), (draws.std(0) - 1).abs()
+    posterior = npe.density.at(npe.density.encoder.pack({"y": y}))
+    # Base draws with mean 0 and covariance I to the last digit: for an affine flow the moments are then exact.
+    x = torch.randn(2000, 3)
+    x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), (x - x.mean(0)).T, upper=False).T
+    with torch.no_grad():
+        z = (posterior.transforms[0](x[:, None].expand(-1, len(y), 3)) - y.sum(1) / 6) * math.sqrt(6)
+    mean, sd = z.mean(0).abs(), (z.std(0) - 1).abs()
     cells = [f"{x.square().mean().sqrt():.3f} | {x.max():.3f}" for x in (mean, sd)]
-    print(f"| {budget} | {' | '.join(cells)} | {fit.chosen} | {seconds:.0f} |", flush=True)
+    summary = "DeepSets" if sets else "none"
+    print(f"| {budget} | {summary} | {' | '.join(cells)} | {fit.chosen} | {seconds:.0f} |", flush=True)
+
+
+def winding() -> None:
+    """A wide prior, and data that wind around what they are conjugate in."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 5.0).to_event(1))
+    t = pyro.sample("t", dist.Normal(z, 0.2).to_event(1))
+    pyro.deterministic("y", t + 0.9 * t.sin(), event_dim=1)
+
+
+def rounds(num_simulations: int, *, num_rounds: int, seed: int) -> None:
+    """Errors of three posteriors: with several rounds a training for each, with one the same training for all."""
+    precision, errors, start = 1 / 0.2**2 + 1 / 5.0**2, [], time.process_time()
+    data = torch.tensor([[2.0, -7.0], [0.5, 3.0], [-4.0, 6.0]])
+    npe = None
+    for t in data:
+        y = {"y": t + 0.9 * t.sin()}
+        if num_rounds > 1 or npe is None:
+            torch.manual_seed(seed)
+            npe = NeuralPosterior(winding, ["y"], latents=["z"])
+            call = {"num_rounds": num_rounds, "num_simulations": num_simulations, "seed": seed, "progress": False}
+            fit_posterior_at(npe, y, **call)
+        z = (npe.condition(y).sample(20_000, seed=1)["z"] - t / 0.2**2 / precision) * precision**0.5
+        errors.append(torch.stack([z.mean(0).abs(), z.std(0).log().abs()]))
+    mean, sd = torch.cat(errors, 1)
+    cells = [f"{x.square().mean().sqrt():.2f} | {x.max():.2f}" for x in (mean, sd)]
+    print(f"| {num_rounds} x {num_simulations} | {' | '.join(cells)} | {time.process_time() - start:.0f} |", flush=True)
 
 
 def _theta(task: Task, values: dict[str, Tensor]) -> Tensor:
@@ -161,12 +195,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="of the fits of --conjugate; default: as many as they take")
     parser.add_argument("--conjugate", action="store_true")
+    parser.add_argument("--rounds", action="store_true")
     options = parser.parse_args()
+    if options.rounds:
+        print("| rounds x simulations | mean: rms | mean: largest | log sd: rms | log sd: largest | seconds |")
+        print("|---|---|---|---|---|---|")
+        for num_rounds, num_simulations in ((3, 300), (1, 900), (1, 9000)):
+            rounds(num_simulations, num_rounds=num_rounds, seed=options.seed)
+        return
     if options.conjugate:
-        print("| simulations | mean: rms | mean: largest | sd: rms | sd: largest | weights kept | seconds |")
-        print("|---|---|---|---|---|---|---|")
+        print("| simulations | summary | mean: rms | mean: largest | sd: rms | sd: largest | weights kept | seconds |")
+        print("|---|---|---|---|---|---|---|---|")
         for budget in options.budgets:
-            conjugate(budget, num_steps=options.steps, seed=options.seed)
+            for sets in (False, True):
+                conjugate(budget, sets=sets, num_steps=options.steps, seed=options.seed)
         return
     missing = [m for m, module in {"sbi": "sbi", "MAF": "zuko"}.items() if importlib.util.find_spec(module) is None]
     for method in missing:

@@ -22,7 +22,7 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-from density_methods import GAUSSIAN, METHODS
+from density_methods import ABLATIONS, GAUSSIAN, METHODS
 from density_run import OUTPUT, TABLES, Job, Row, failed, key_of, run
 from density_tables import report
 
@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="NAME", help=f"default: {', '.join(TABLES)}")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help=f"of {', '.join(METHODS)}")
+    known = (*METHODS, *ABLATIONS)
+    add("--methods", nargs="+", choices=known, default=METHODS, metavar="NAME", help=f"of {', '.join(known)}")
     add("--seconds", nargs="+", type=float, default=(60.0, 300.0), metavar="S", help="budgets (default 60 300)")
     add("--seeds", type=int, default=3, help="how many seeds (default 3)")
     add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of the processor, for a shared machine")

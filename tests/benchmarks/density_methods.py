@@ -12,9 +12,10 @@ from typing import Any
 import pyro.distributions as dist
 import pyro.distributions.transforms as pyro_transforms
 import torch
+from density_variants import VARIANTS
 from torch import Tensor, nn
 
-from pyro_affine import NormalizingFlow, fit_density, real_nvp
+from pyro_affine import fit_density
 
 NUM_LAYERS, HIDDEN_DIMS, BATCH_SIZE, LEARNING_RATE, LARGEST_NORM = 8, (128, 128), 512, 1e-3, 5.0
 _EVALUATIONS, _EVALUATION_ROWS = 30, 5000  # of the validation rows, over the budget
@@ -140,13 +141,14 @@ PEERS: dict[str, Callable[[int], Any]] = {
 }
 OURS, GAUSSIAN = "ours", "full Gaussian"
 METHODS = (OURS, *PEERS, GAUSSIAN)
+ABLATIONS = tuple(name for name in VARIANTS if name != OURS)
 COUPLINGS = tuple(name for name in PEERS if name != "zuko NSF")
 
 
 def fit(method: str, train: Tensor, validation: Tensor, *, seconds: float) -> Fitted:
     """Fit a method; its budget starts when the loop does."""
-    if method == OURS:
-        return _fit_ours(torch.cat([train, validation]), seconds)
+    if method in VARIANTS:
+        return _fit_ours(method, torch.cat([train, validation]), seconds)
     if method == GAUSSIAN:
         loc, factor = train.double().mean(0), torch.linalg.cholesky(train.double().T.cov())
         gaussian = dist.MultivariateNormal(loc, scale_tril=factor)
@@ -157,11 +159,12 @@ def fit(method: str, train: Tensor, validation: Tensor, *, seconds: float) -> Fi
     return Fitted(lambda y: model.log_prob((y - loc) / scale) - scale.log().sum(), list(model.parameters()), notes)
 
 
-def _fit_ours(data: Tensor, seconds: float) -> Fitted:
+def _fit_ours(name: str, data: Tensor, seconds: float) -> Fitted:
     """All rows that are not test rows: the call holds a tenth of them out by itself."""
-    event_shape = data.shape[1:]
-    flow = NormalizingFlow(real_nvp(event_shape), event_shape)
-    result = fit_density(flow, data, seconds=seconds)
+    variant = VARIANTS[name]
+    flow = variant.build(data.shape[-1])
+    result = fit_density(flow, data, seconds=seconds, **variant.fit)
+    flow.eval()
     notes = {"steps": result.num_steps, "seconds_used": result.seconds, "reason": result.reason}
     return Fitted(flow.log_prob, list(flow.parameters()), notes | {"validation": result.best, "chosen": result.chosen})
 

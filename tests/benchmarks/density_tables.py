@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import mean, median, stdev
 
 import torch
-from density_methods import GAUSSIAN, METHODS, OURS
+from density_methods import ABLATIONS, GAUSSIAN, METHODS, OURS
 from density_run import PUBLISHED, TABLES, Row, scores_path
 from torch import Tensor
 
@@ -35,8 +35,8 @@ def _lines(table: str, rows: list[Row]) -> str:
     groups: dict[tuple[float, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["seconds"], row["method"]), []).append(row)
-    lines = []
-    for key in sorted(groups, key=lambda key: (key[1] == GAUSSIAN, key[0], METHODS.index(key[1]))):
+    lines, order = [], (OURS, *ABLATIONS, *METHODS[1:])
+    for key in sorted(groups, key=lambda key: (key[1] == GAUSSIAN, key[0], order.index(key[1]))):
         lines.append(_cells(key, groups[key], groups.get((key[0], OURS), [])))
     for name, value in PUBLISHED.get(table, {}).items():
         lines.append([name, "-", f"{value:.2f}", *["-"] * (len(_HEAD) - 3)])

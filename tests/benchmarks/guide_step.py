@@ -1,9 +1,9 @@
 """What one training step of a guide costs: ours by each gradient, Pyro's coupling guide, and the full-rank Gaussian.
 
 Run by ``make bench-step``. The eight schools (10 latents), 64 draws, guides of 8 couplings of 2x32, float64, one
-thread. All take turns, step by step; printed are medians, and medians of the ratio to AutoMultivariateNormal in the
-same round. A step is the loss, its gradient and Adam's update: ours as ``fit_guide`` takes it and as stock ``SVI``
-does, Pyro's by ``Trace_ELBO`` with vectorised particles.
+thread. All take turns, step by step; printed are medians of its CPU time, and medians of the ratio to
+AutoMultivariateNormal in the same round. A step is the loss, its gradient and Adam's update: ours as ``fit_guide``
+takes it and as stock ``SVI`` does, Pyro's by ``Trace_ELBO`` with vectorised particles.
 """
 
 from __future__ import annotations
@@ -40,17 +40,18 @@ Step = Callable[[], None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300, help="steps of each (default 300)")
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--compile", action="store_true", help="also guides that torch.compile has compiled (minutes)")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    steps = make_steps()
+    steps = make_steps(with_compiled=arguments.compile)
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 20):
+    for number in range(arguments.rounds + 20):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             step()
             if number >= 20:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(time.thread_time() - start)
     bound = times["AutoMultivariateNormal, Trace_ELBO"]
     print("| step | ms | times AutoMultivariateNormal |\n|---|---|---|")
     for name, found in times.items():
@@ -58,11 +59,15 @@ def main() -> None:
         print(f"| {name} | {1e3 * statistics.median(found):.2f} | {ratio:.2f} |")
 
 
-def make_steps() -> dict[str, Step]:
+def make_steps(*, with_compiled: bool = False) -> dict[str, Step]:
     """A step of each guide, by name."""
     found = {}
     for gradient in ("path", "total"):
         found[f"AutoRealNVP, {gradient} gradient, fit_guide"] = _ours(gradient, direct=True)
+        found[f"AutoRealNVP, {gradient} gradient, fit_guide(compile_model=True)"] = _ours(gradient, compile_model=True)
+        if with_compiled:
+            both = _ours(gradient, compile_model=True, compile=True)
+            found[f"AutoRealNVP, {gradient} gradient, fit_guide(compile_model=True, compile=True)"] = both
         found[f"AutoRealNVP, {gradient} gradient, Trace_ELBO"] = _ours(gradient, direct=False)
     found["Pyro's coupling guide (flips by hand), Trace_ELBO"] = _peer(
         PEERS["coupling-flipped"].make, _use_our_networks
@@ -71,7 +76,7 @@ def make_steps() -> dict[str, Step]:
     return found
 
 
-def _ours(gradient: Any, *, direct: bool) -> Step:
+def _ours(gradient: Any, *, direct: bool = True, compile_model: bool = False, compile: bool = False) -> Step:
     guide = AutoRealNVP(eight_schools.model, gradient=gradient, num_layers=_LAYERS, hidden_dims=_HIDDEN)
     if not direct:
         return _traced(guide)
@@ -79,7 +84,7 @@ def _ours(gradient: Any, *, direct: bool) -> Step:
     pair.prototype()
     task = GuideTask(pair, _DRAWS, nesting=1)
     parameters = [p for p in guide.parameters() if p.requires_grad]
-    task.use_direct_loss(parameters)
+    task.use_direct_loss(parameters, compile_model=compile_model, compile=compile)
     return partial(_step, task.loss, torch.optim.Adam(parameters, lr=1e-4, fused=True))
 
 

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, help="how many seeds (default 3); NUTS is run for the first only")
     add("--jobs", type=int, default=1, help="processes at a time, each on one thread (default 1)")
     add("--dtype", choices=("float64", "float32"), default="float64", help="of the fit; scores are float64")
+    add("--clock", choices=("wall", "cpu"), default="wall", help="cpu: seconds of the processor, for a shared machine")
     add("--tuned", action="store_true", help=f"peers only, each at the best rate of {TUNED_RATES} by ELBO")
     add("--draws", type=int, default=10_000, help="draws that score a guide (default 10,000)")
     add("--limit", type=float, default=1800.0, metavar="S", help="seconds for NUTS or NeuTra, or a reference chain")
@@ -137,6 +138,7 @@ def _jobs(options: argparse.Namespace, targets: list[Target], methods: list[str]
     """All runs, seed by seed, so that a run cut short has few seeds rather than few targets."""
     budgets = options.seconds or (_HIERARCHICAL_SECONDS if options.hierarchical else _DEFAULT_SECONDS)
     common: dict[str, Any] = {"dtype": options.dtype, "num_draws": options.draws, "limit": options.limit}
+    common["clock"] = options.clock
     jobs = []
     for seed, seconds, target, method in itertools.product(range(options.seeds), budgets, targets, methods):
         if method in SAMPLERS and seconds != max(budgets):
@@ -179,7 +181,7 @@ def _run_phase(jobs: list[Job], path: Path, options: argparse.Namespace) -> None
 def _run_in_process(job: Job, options: argparse.Namespace) -> Row:
     samples = job.method in (*SAMPLERS, REFERENCE)
     rates = len(TUNED_RATES) if job.tuned else 1
-    limit = rates * job.seconds + (job.limit if samples else 0) + options.grace
+    limit = (rates * job.seconds + (job.limit if samples else 0) + options.grace) * (4 if job.clock == "cpu" else 1)
     command = [sys.executable, __file__, "--run", json.dumps(asdict(job)), "--memory", str(options.memory)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     try:

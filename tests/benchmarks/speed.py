@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from speed_images import IMAGE_MODELS, ImageSize
 from speed_models import BOUND, MODELS, Model, Size
 
 SIZES = [
@@ -26,13 +27,13 @@ SIZES = [
     Size(64, 8, (256, 256), 1024),
     Size(256, 8, (512, 512), 256),
 ]
-IMAGES: list[Size] = []  # (3, 32, 32), once there are couplings for images
+IMAGES = [ImageSize((3, 32, 32), 2, 4, 32, 16), ImageSize((3, 32, 32), 3, 4, 64, 32)]
 OURS = "pyro_affine"
 Row = dict[str, Any]
 Action = Callable[[], Any]
 
 
-def actions(model: Model, size: Size, data: torch.Tensor) -> dict[str, Action]:
+def actions(model: Model, size: Size | ImageSize, data: torch.Tensor) -> dict[str, Action]:
     """What is timed, each a call without arguments."""
 
     def backward(loss: torch.Tensor) -> None:
@@ -88,10 +89,11 @@ def peak_memory(call: Action) -> int:
     return peak
 
 
-def measure(size: Size, seconds: float, clock: Callable[[], float], with_compiled: bool) -> list[Row]:
+def measure(size: Size | ImageSize, seconds: float, clock: Callable[[], float], with_compiled: bool) -> list[Row]:
     """One row for each model and action."""
-    makers = {**MODELS, **({f"{OURS}, compiled": compiled} if with_compiled else {})}
-    models, data = {}, torch.randn(size.batch, size.entries)
+    vectors: dict[str, Any] = {**MODELS, **({f"{OURS}, compiled": compiled} if with_compiled else {})}
+    makers = vectors if isinstance(size, Size) else IMAGE_MODELS
+    models, data = {}, size.data()
     for name, make in makers.items():
         torch.manual_seed(0)
         try:
@@ -139,7 +141,8 @@ def memory_table(rows: list[Row]) -> str:
     lines = ["| size | " + " | ".join(names) + " |", "|---" + "|---" * len(names) + "|"]
     for size in dict.fromkeys(row["size"] for row in rows):
         of_size = {row["model"]: row for row in rows if row["size"] == size and row["action"] == "train"}
-        lines.append(f"| {size} | " + " | ".join(f"{of_size[name]['peak_bytes'] / 2**20:.2f}" for name in names) + " |")
+        peaks = [f"{of_size[name]['peak_bytes'] / 2**20:.2f}" if name in of_size else "" for name in names]
+        lines.append(f"| {size} | " + " | ".join(peaks) + " |")
     return "\n".join(lines)
 
 
@@ -156,19 +159,22 @@ def other_counts(rows: list[Row]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=7.0, help="for each size and action, all models together")
-    parser.add_argument("--sizes", type=int, nargs="*", default=range(len(SIZES)), help="which sizes, counted from 0")
+    sizes = [*SIZES, *IMAGES]
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=range(len(sizes)), help="which sizes, counted from 0, images at the end"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: time of this process alone, on a busy machine"
     )
     parser.add_argument("--compile", action="store_true", help="also ours under torch.compile; takes a C++ compiler")
-    parser.add_argument("--smoke", action="store_true", help="two sizes, no figures worth keeping")
+    parser.add_argument("--smoke", action="store_true", help="three sizes, no figures worth keeping")
     parser.add_argument("--output", type=Path, default=Path("output/benchmarks/speed.json"))
     parser.add_argument("--picture", type=Path, help="a PNG file for the ratios")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    seconds, chosen = (0.05, [0, 1]) if args.smoke else (args.seconds, args.sizes)
-    rows = [row for index in chosen for row in measure(SIZES[index], seconds, CLOCKS[args.clock], args.compile)]
+    seconds, chosen = (0.05, [0, 1, len(SIZES)]) if args.smoke else (args.seconds, args.sizes)
+    rows = [row for index in chosen for row in measure(sizes[index], seconds, CLOCKS[args.clock], args.compile)]
     print(f"torch {torch.__version__}, {platform.machine()}, {args.threads} thread(s), {args.clock} clock\n")
     print(table(rows), "\n\npeak of a training step, MiB\n", memory_table(rows), "", *other_counts(rows), sep="\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +182,8 @@ def main() -> None:
     if args.picture:
         from speed_picture import save_picture
 
-        save_picture(rows, args.picture)
+        vectors = {str(size) for size in SIZES}  # images have other peers
+        save_picture([row for row in rows if row["size"] in vectors], args.picture)
 
 
 if __name__ == "__main__":

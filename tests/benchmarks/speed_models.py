@@ -26,6 +26,9 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return f"D={self.entries}, {self.layers} x ({len(self.hidden)}x{self.hidden[0]}), batch {self.batch}"
 
+    def data(self) -> Tensor:
+        return torch.randn(self.batch, self.entries)
+
 
 class Model(NamedTuple):
     """What is timed. ``parameters`` are those of the networks; no model trains anything else."""
@@ -149,7 +152,12 @@ def networks_only(size: Size) -> Model:
     """The bound: each conditioner is run, and differentiated for its weights and (but for the first) its input."""
     half = size.entries // 2
     networks = [network(half, 2 * (size.entries - half), size.hidden) for _ in range(size.layers)]
-    inputs = [torch.randn(size.batch, half).requires_grad_(index > 0) for index in range(size.layers)]
+    return run_networks(networks, [torch.randn(size.batch, half) for _ in networks])
+
+
+def run_networks(networks: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Model:
+    for kept in inputs[1:]:
+        kept.requires_grad_()
 
     def run(_: Any) -> Tensor:
         return _Weighted.apply(*[module(kept) for module, kept in zip(networks, inputs, strict=True)])
