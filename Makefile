@@ -16,7 +16,7 @@ QUIET := $(shell test -t 2 || echo -qq)
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg PYTHONHASHSEED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format coverage docs docs-clean bench-trust bench-roundtrip bench-guides bench-density bench-speed bench-memory bench-images bench-amortised bench-step bench-scaling bench-streaming clean
+.PHONY: help demo test wheel-test lint format coverage docs docs-clean bench-trust bench-roundtrip bench-guides bench-density bench-speed bench-memory bench-images bench-amortised bench-step bench-scaling bench-streaming clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' Makefile
@@ -26,6 +26,10 @@ demo: $(STAMP)  ## fit the eight schools with a flow guide, print and draw the r
 
 test: $(STAMP)  ## run all tests and the examples in docstrings
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+wheel-test: $(STAMP)  ## build wheel and sdist, install the wheel away from the source, and test it there
+	$(BIN)/python -m pip install $(QUIET) build twine
+	$(TEST_ENV) $(BIN)/python tests/wheel.py $(ARGS)
 
 lint: $(STAMP)  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff check .

@@ -118,7 +118,8 @@ class AmortisedPosterior:
     def to_arviz(self, num_draws: int = 1000, *, seed: int | None = None, **options: Any) -> Any:
         """ArviZ container: all of ``pyro_affine.to_arviz``, with its options; without a likelihood, draws and data.
 
-        ``predictive=True`` adds posterior predictive draws, for checks such as ``arviz.plot_ppc``.
+        ``predictive=True`` adds posterior predictive draws, for checks such as ``arviz.plot_ppc``
+        (``plot_ppc_dist`` from ArviZ 1 on).
 
         Raises:
             ValueError: for options that need a likelihood where there is none, or a batch of data sets.

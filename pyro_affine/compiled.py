@@ -26,7 +26,7 @@ class CompiledFunction:
     on, with a warning.
 
     Args:
-        function: of tensors; returns a tensor or a tuple of tensors. It draws no random numbers.
+        function: of tensors; returns a tensor or a tuple of tensors. Random numbers must be those of eager code.
         parameters: what it has gradients for, apart from its arguments; they stay where they are.
         compile: True, a mode, or arguments of ``torch.compile``. One graph, without breaks.
         source: what is compiled in its place, for a function that a compiler can not read.

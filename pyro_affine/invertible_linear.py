@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,7 +107,7 @@ class InvertibleLinear(FlowTransform):
 
     def _log_det(self, x: Tensor) -> Tensor:
         batch_rank = x.dim() - self.rank
-        num_pixels = x.shape[batch_rank + 1 :].numel()
+        num_pixels = math.prod(x.shape[batch_rank + 1 :])  # Pyro's ProvenanceTensor has a tuple for a shape
         return (self.lower_upper.diagonal().sum() * num_pixels).expand(x.shape[:batch_rank])
 
     def forward_shape(self, shape: Size) -> Size:

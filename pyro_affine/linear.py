@@ -33,11 +33,12 @@ class Permutation(FlowTransform):
     def __init__(self, order: Tensor, event_shape: Sequence[int] | None = None, *, cache_size: int = 1) -> None:
         shape = Size(order.shape if event_shape is None else event_shape)
         super().__init__(shape, cache_size=cache_size)
-        wanted = torch.arange(shape.numel() if shape else 0, device=order.device)  # an event has one dimension at least
-        if order.dim() != 1 or order.dtype != wanted.dtype or not torch.equal(order.sort().values, wanted):
+        wanted = torch.arange(shape.numel(), device=order.device)
+        if not shape or order.dim() != 1 or order.dtype != wanted.dtype or not torch.equal(order.sort().values, wanted):
             raise ValueError(
-                f"order must be int64 and hold each integer from 0 to {shape.numel() - 1} once, got {order.dtype} "
-                f"{order.tolist()}; for a random one use torch.randperm({shape.numel()})"
+                f"order must be int64 and, for events of shape {tuple(shape)}, hold each integer from 0 to "
+                f"{shape.numel() - 1} once, got {order.dtype} {order.tolist()}; for a random one use "
+                f"torch.randperm({shape.numel()})"
             )
         self.register_buffer("order", order.clone())
         self.register_buffer("inverse_order", order.argsort(), persistent=False)

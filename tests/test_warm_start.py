@@ -553,3 +553,25 @@ def test_student_base_is_trained_and_has_quantiles() -> None:
     assert guide.raw_df.grad.abs().sum() > 0
     low, high = guide.quantiles([0.1, 0.9])["mu"]
     assert low < high
+
+
+COSTS = {"fast model": (1e-5, 1e-7, 8), "slow model": (0.05, 1e-5, 16), "many data": (1e-3, 1e-3, 1)}
+
+
+@pytest.mark.parametrize(("of_run", "of_row", "num_starts"), COSTS.values(), ids=COSTS)
+def test_ascents_are_as_many_as_their_rows_are_cheap(
+    of_run: float, of_row: float, num_starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    density = make_density(banana)
+    score, now, sizes = density.value_and_score, [0.0], list[int]()
+
+    def timed(latents: Tensor) -> tuple[Tensor, Tensor]:
+        now[0] += of_run + of_row * len(latents)
+        sizes.append(len(latents))
+        return score(latents)
+
+    monkeypatch.setattr(density, "value_and_score", timed)
+    monkeypatch.setattr("pyro_affine.warm_start.time.perf_counter", lambda: now[0])
+    gaussian = find_gaussian(density, torch.zeros(2), 0.1, seconds=1.5)
+    assert sizes[2] == num_starts  # after two trials of how long an iteration takes
+    assert gaussian.loc.isfinite().all()
