@@ -191,7 +191,7 @@ def _texts(root: Path) -> Iterator[Path]:
     folders = [root / name for name in ("pyro_affine", "tests", "examples", "docs", ".github", ".ci")]
     files = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*"))]
     for path in [*sorted(root.iterdir()), *files]:
-        built = {"__pycache__", "_build", "build"} & set(path.relative_to(root).parts)
+        built = {"__pycache__", "_build", "build", ".coverage"} & set(path.relative_to(root).parts)
         if path.is_file() and path.suffix in suffixes and not built:
             yield path
 
