@@ -117,7 +117,7 @@ def climb(
     step_sizes: Sequence[float],
     num_draws: int,
     spacing: float | None,
-    may_go_on: Callable[[int, float], bool],
+    may_go_on: Callable[[int, float, float], bool],
 ) -> list[Path]:
     """Paths from several starts, in step so that each iteration is one batch.
 
@@ -128,8 +128,8 @@ def climb(
         num_draws: draws for the ELBO of each Gaussian.
         spacing: relative distance of the differences that the first H is taken from; None to start from the
             identity, where 2 D scores a path are too many.
-        may_go_on: from the number of iterations done, and the highest ELBO plus the highest log-density so far, to
-            whether to make one more.
+        may_go_on: from the number of iterations done, the highest ELBO and the highest log-density so far to whether
+            to make one more.
 
     Returns:
         The paths; empty if no start has a density.
@@ -141,7 +141,7 @@ def climb(
     sizes = torch.tensor(step_sizes, dtype=starts.dtype, device=starts.device)[:, None]
     iteration = 0
     while active := [path for path in paths if not path.done]:
-        if not may_go_on(iteration, max(path.best_elbo for path in paths) + max(path.value for path in paths)):
+        if not may_go_on(iteration, max(path.best_elbo for path in paths), max(path.value for path in paths)):
             break
         if spacing is not None:
             _probe([path for path in active if path.is_fresh or iteration % _PROBE_EVERY == 0], density, spacing)

@@ -157,11 +157,11 @@ def _ascend(
     start: Gaussian, evaluate: ValueAndScore, allowance: Allowance, effort: Effort, spacing: float | None
 ) -> Gaussian:
     """The best of the start and of Gaussians on the way to modes and at them."""
-    history: list[float] = []
+    history: list[tuple[float, float]] = []
 
-    def may_go_on(iteration: int, height: float) -> bool:
-        history.append(height)
-        rises = height > history[-6:][0] + 1
+    def may_go_on(iteration: int, elbo: float, log_density: float) -> bool:
+        history.append((elbo, log_density))  # an ELBO can stand still on the way through where draws go astray
+        rises = any(now > then + 1 for now, then in zip(history[-1], history[-6:][0], strict=True))
         return iteration < _MAX_ITERATIONS and allowance.spent < (_OVERDRAFT if rises else effort.climb)
 
     paths = climb(
