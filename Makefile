@@ -1,4 +1,4 @@
-# Every target makes what it needs: Python 3.10 or newer and make are enough.
+# Every target makes what it needs; all you need is Python 3.10 or newer, make and an internet connection.
 #   make test PYTHON=python3.12                          another Python
 #   make test CONSTRAINTS=constraints-lowest.txt         the oldest supported versions
 #   make test CONSTRAINTS=                               the newest versions there are
@@ -36,7 +36,7 @@ lint: $(STAMP)  ## check style (ruff) and types (mypy)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## mend what ruff can mend
+format: $(STAMP)  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -49,19 +49,19 @@ docs: $(DOCS_STAMP)  ## build the documentation, running its tutorials: docs/_bu
 docs-clean:  ## remove the built documentation and what its tutorials printed
 	rm -rf docs/_build
 
-bench-roundtrip: $(STAMP)  ## measure the float32 round-trip error of deep stacks, beside Pyro's coupling
+bench-roundtrip: $(STAMP)  ## measure the float32 round-trip error of deep stacks, here and in Pyro's coupling
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/round_trip.py
 
-bench-guides: $(STAMP)  ## measure guides on posteriors beside Pyro's and NUTS, hours; ARGS="--seeds 1" for less
+bench-guides: $(STAMP)  ## compare guides on posteriors with Pyro's and NUTS, hours; ARGS="--seeds 1" for less
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/guides.py --jobs $(WORKERS) $(ARGS)
 
-bench-trust: $(STAMP)  ## check the verdict on three posteriors beside long NUTS runs, about 15 minutes
+bench-trust: $(STAMP)  ## check the verdict on three posteriors against long NUTS runs, about ten minutes
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/trust.py
 
-bench-density: $(STAMP)  ## measure densities of real tables beside other libraries, hours; ARGS="--seeds 1" for less
+bench-density: $(STAMP)  ## compare densities of real tables with other libraries, hours; ARGS="--seeds 1" for less
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/density.py $(ARGS)
 
-bench-speed: $(STAMP)  ## measure steps, scores and draws beside other libraries and the networks alone
+bench-speed: $(STAMP)  ## compare steps, scores and draws with other libraries and the bare networks
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/speed.py $(ARGS)
 
 bench-memory: $(STAMP)  ## measure peak memory and time of the three memory modes
@@ -76,10 +76,10 @@ bench-scaling: $(STAMP)  ## measure fits by one process and by two; needs both c
 bench-streaming: $(STAMP)  ## measure fits to a file of 4 GB within 1 GB of memory; ARGS="--gigabytes 1" for less
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/streaming.py $(ARGS)
 
-bench-images: $(STAMP)  ## measure image flows on small digits beside other libraries
+bench-images: $(STAMP)  ## compare image flows on small digits with other libraries
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/images.py $(ARGS)
 
-bench-amortised: $(STAMP)  ## measure amortised posteriors beside exact draws
+bench-amortised: $(STAMP)  ## compare amortised posteriors with exact draws
 	$(TEST_ENV) $(BIN)/python tests/benchmarks/amortised.py $(ARGS)
 
 clean:  ## remove the environment and all that was built

@@ -49,7 +49,7 @@ def model() -> None:
 
 
 def picture(draws: dict[str, Tensor], weighted: dict[str, Tensor], path: Path) -> None:
-    """What the posterior predicts beside the data, and the posterior with and without weights."""
+    """Posterior predictions and the data; the posterior with and without weights."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
@@ -78,15 +78,15 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     num_simulations, num_steps, num_datasets = (500, 50, 50) if options.smoke else (20_000, 4000, 500)
 
-    # 1. Train, on epidemics that the model makes up. The site named in `observed` is drawn, the others are learned.
-    # A network of yours may boil the data down; it sees them brought to unit scale, and is trained with the rest.
+    # 1. Train on simulated epidemics. The site named in `observed` is drawn, the others are learned.
+    # A summary network of yours sees the data at unit scale, and is trained with the rest.
     torch.manual_seed(0)
     summary = nn.Sequential(nn.Linear(NUM_DAYS, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 10))
     npe = NeuralPosterior(model, observed=["in_bed"], summary=summary)
     fit = fit_posterior(npe, num_simulations=num_simulations, num_steps=num_steps, seed=0)
     print(fit)
 
-    # 2. Is it right on average? On new epidemics, whose rates are known, these must lie anywhere among the draws.
+    # 2. Is it right on average? On new epidemics with known rates, their ranks among the draws must be uniform.
     ranks = sbc_ranks(npe, num_datasets, seed=1)
     print("ranks:   ", ranks)
     print("regions: ", expected_coverage(npe, num_datasets, seed=2))
@@ -98,14 +98,14 @@ def main() -> None:
     draws = posterior.sample(4000, seed=3)
     print(f"4000 draws in {1000 * (time.perf_counter() - start):.0f} ms")
 
-    # 4. Is it right here? The model has a likelihood, so that the draws can be weighed, and the rest mended.
+    # 4. Is it right here? The model has a likelihood, so the draws can be weighted, which corrects the rest.
     result = posterior.psis(4000, seed=4)
     print(result)
     for name in npe.simulator.latents:
         plain, exact = draws[name], (float(result.mean(name)), float(result.sd(name)))
         print(f"{name:10s} {plain.mean():.3f} +- {plain.std():.3f}, weighted {exact[0]:.3f} +- {exact[1]:.3f}")
 
-    # 5. Another epidemic, or a thousand of them, need no new training.
+    # 5. Another epidemic, or a thousand, needs no new training.
     start = time.perf_counter()
     many = npe.simulate(1000, progress=False)
     shape = tuple(npe.condition(many.data).sample(100)["infection"].shape)

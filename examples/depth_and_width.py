@@ -1,10 +1,10 @@
-"""How deep, how wide: what one coupling can do, and what depth and width bring at equal numbers of weights.
+"""How deep, how wide: what one coupling can do, and what depth and width gain at equal numbers of weights.
 
     python examples/depth_and_width.py            about ten minutes on one core
     python examples/depth_and_width.py --smoke    seconds, to see that it runs
 
-Couplings are stacked by hand here, without what the package adds by default (curves, whitening, a warm start): that
-comes back in the last rows. docs/expressiveness.md shows the results and says what follows.
+Couplings are stacked by hand, without what the package adds by default (curves, whitening, a warm start); the last rows
+add it back. docs/expressiveness.md shows the results and what follows from them.
 
 The targets are in examples/targets/small.py: a table of real data, and four whose truth is known.
 """
@@ -84,7 +84,7 @@ def width_for(size: int, depth: int, num_weights: int, scale: ScaleMap = WIDE) -
 
 
 class StackGuide(AutoContinuous):
-    """The smallest flow guide: a stack on a standard normal, and behind it a trained affine map if wanted."""
+    """The smallest flow guide: a stack on a standard normal, followed by a trained affine map if wanted."""
 
     def __init__(self, model: Callable[[], None], size: int, stack: ComposeFlow, linear: bool) -> None:
         super().__init__(model)
@@ -118,7 +118,7 @@ class Density:
 
     @torch.no_grad()
     def nats(self, flow: NormalizingFlow) -> float:
-        """How far test rows are below the truth: KL(truth, flow). Where that is unknown, less their log-density."""
+        """How far test rows are below the truth: KL(truth, flow). Where that is unknown, their negative log-density."""
         return float(((0.0 if self.truth is None else self.truth) - flow.log_prob(self.test)).mean())
 
 

@@ -1,10 +1,10 @@
-"""Eight schools: a flow guide in one line, fitted, judged by PSIS, compared with NUTS, handed to ArviZ.
+"""Eight schools: a flow guide in one line, fitted, judged by PSIS, compared with NUTS, exported to ArviZ.
 
     python examples/eight_schools.py            about two minutes on two cores
     python examples/eight_schools.py --smoke    seconds, to see that it runs
 
 Data: effects of coaching on test scores in eight schools (Rubin, 1981). The model is centred, the form whose
-posterior is a funnel: a Gaussian guide can not follow it.
+posterior is a funnel: a Gaussian guide cannot follow it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def model(effects: torch.Tensor, errors: torch.Tensor) -> None:
 
 
 def run_nuts(num_samples: int) -> dict[str, torch.Tensor]:
-    """Reference draws. NUTS can not follow the centred funnel, so it samples theta = mu + tau * z."""
+    """Reference draws. NUTS cannot follow the centred funnel, so it samples theta = mu + tau * z."""
 
     def non_centred() -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -50,7 +50,7 @@ def run_nuts(num_samples: int) -> dict[str, torch.Tensor]:
 
 
 def picture(flow: dict[str, torch.Tensor], nuts: dict[str, torch.Tensor], path: Path) -> None:
-    """The funnel, log tau against the first school's effect, and the three posteriors that people look at."""
+    """The funnel, log tau against the first school's effect, and three marginal posteriors."""
     import matplotlib.pyplot as plt
 
     figure, (left, *others) = plt.subplots(1, 4, figsize=(14, 3.6), width_ratios=[1.5, 1, 1, 1])

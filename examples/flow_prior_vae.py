@@ -3,8 +3,8 @@
     python examples/flow_prior_vae.py            about two minutes on two cores
     python examples/flow_prior_vae.py --smoke    seconds, to see that it runs
 
-With the prior N(0, I) the encoder has to lay ten kinds of digits side by side in one round heap. A flow that is trained
-along with the rest may take the shape that the codes have, and a prior that fits costs less in the ELBO.
+With the prior N(0, I) the encoder must fit the codes of ten kinds of digits into one round cloud. A flow trained with
+the rest can adapt to the shape of the codes, and a prior that fits costs less in the ELBO.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class VAE(nn.Module):
         self.encoder = network(NUM_PIXELS, 2 * NUM_LATENTS)
 
     def latent(self) -> dist.TorchDistribution:
-        # Calling the flow gives a Pyro distribution, which goes wherever a Normal would.
+        # Calling the flow gives a Pyro distribution, usable wherever a Normal is.
         return dist.Normal(torch.zeros(NUM_LATENTS), 1.0).to_event(1) if self.prior is None else self.prior()
 
     def model(self, images: Tensor) -> None:
-        pyro.module("vae", self)  # tells SVI of all weights, those of the prior too
+        pyro.module("vae", self)  # registers all weights with SVI, those of the prior too
         with pyro.plate("image", len(images)):
             z = pyro.sample("z", self.latent())
             pyro.sample("pixels", dist.Bernoulli(logits=self.decoder(z)).to_event(1), obs=images)
@@ -64,7 +64,7 @@ class VAE(nn.Module):
 
 
 def train(vae: VAE, images: Tensor, num_steps: int) -> None:
-    """Stock SVI, as for any model; the learning rate falls to a tenth."""
+    """Plain SVI, as for any model; the learning rate falls to a tenth."""
     pyro.clear_param_store()
     optimizer = ClippedAdam({"lr": 3e-3, "lrd": 0.1 ** (1 / num_steps)})
     svi = SVI(vae.model, vae.guide, optimizer, Trace_ELBO())
@@ -88,7 +88,7 @@ def elbo(vae: VAE, images: Tensor, num_draws: int = 50) -> tuple[float, float]:
 
 @torch.no_grad()
 def picture(vaes: dict[str, VAE], path: Path) -> None:
-    """Images that each model makes up: a draw of its prior, decoded."""
+    """Samples of each model: draws of its prior, decoded."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(vaes), figsize=(4.4 * len(vaes), 4.7), layout="constrained")
@@ -113,7 +113,7 @@ def main() -> None:
     for name in ("prior N(0, I)", "flow prior"):
         for seed in range(1 if options.smoke else 2):  # two seeds, to see how much is chance
             pyro.set_rng_seed(seed)
-            # The codes have no units to be learned from data beforehand, so that the flow goes without.
+            # The codes have no units to fit to data beforehand, so the flow has none.
             flow = NormalizingFlow(real_nvp(NUM_LATENTS, num_layers=6), NUM_LATENTS, curves=0, whiten=False)
             vaes[name] = VAE(flow if name == "flow prior" else None)
             train(vaes[name], train_images, num_steps=20 if options.smoke else 2500)

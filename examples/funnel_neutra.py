@@ -1,11 +1,11 @@
-"""Neal's funnel: a flow guide, the verdict of PSIS on it, and NUTS in its space (NeuTra), beside plain NUTS.
+"""Neal's funnel: a flow guide, the verdict of PSIS on it, NUTS in its space (NeuTra), and plain NUTS.
 
     python examples/funnel_neutra.py            some minutes on two cores
     python examples/funnel_neutra.py --smoke    seconds, to see that it runs
 
 The scale of nine latents is itself a latent, exp(v / 2), so that the density is a funnel: wide at the top, with a neck
 whose width shrinks by a factor e for each two units of v. No step size suits both ends. Here the truth is known:
-v ~ N(0, 3), and every draw can be held against it.
+v ~ N(0, 3).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 from pyro_affine import AutoRealNVP, fit_guide, neutra, psis
+from pyro_affine.inference_data import inference_data
 
 
 def model() -> None:
@@ -31,7 +32,7 @@ def model() -> None:
 
 
 def plain_nuts(num_samples: int, num_warmup: int, num_chains: int) -> dict[str, Tensor]:
-    """Draws of NUTS without help. Shape: (chains, draws) + shape of the site."""
+    """Draws of plain NUTS. Shape: (chains, draws) + shape of the site."""
     chains = []
     for seed in range(num_chains):
         pyro.set_rng_seed(seed)
@@ -43,7 +44,8 @@ def plain_nuts(num_samples: int, num_warmup: int, num_chains: int) -> dict[str, 
 
 def report(name: str, draws: dict[str, Tensor], seconds: float) -> None:
     """R-hat and ESS over all entries, the worst of them, and the spread of v, of which 3.00 is right."""
-    data = az.from_dict({site: value.numpy() for site, value in draws.items()})
+    posterior = inference_data({"posterior": {site: value.numpy() for site, value in draws.items()}})["posterior"]
+    data = getattr(posterior, "dataset", posterior)  # ArviZ 1 wraps it in a DataTree
     rhat = max(float(value.max()) for value in az.rhat(data).data_vars.values())
     ess = min(float(az.ess(data, method=kind)[site].min()) for kind in ("bulk", "tail") for site in draws)
     v = draws["v"].flatten()
@@ -52,7 +54,7 @@ def report(name: str, draws: dict[str, Tensor], seconds: float) -> None:
 
 
 def picture(panels: dict[str, dict[str, Tensor]], path: Path) -> None:
-    """v against the first x, which must fill the funnel down to its neck."""
+    """v against the first x: the draws must fill the funnel down to its neck."""
     import matplotlib.pyplot as plt
 
     size = {"figsize": (4 * len(panels), 4.3), "layout": "constrained"}
@@ -85,8 +87,8 @@ def main() -> None:
     result = psis(model, guide, num_draws=500 if options.smoke else 10_000, seed=1)
     print(result)
 
-    # 2. NUTS in the space of the guide: what the guide has wrong, the sampler puts right. Time includes the fit.
-    # The neck wants short steps: at the default target_accept, 0.8, one draw of 1600 diverged, as the verdict told.
+    # 2. NUTS in the space of the guide, which corrects its errors. Time includes the fit.
+    # The neck needs short steps: at the default target_accept, 0.8, one draw of 1600 diverged, as the verdict said.
     size = {"num_samples": num_samples, "num_warmup": num_warmup, "num_chains": num_chains}
     bent = neutra(model, guide, **size, target_accept=0.95, seed=2)
     seconds = time.perf_counter() - start

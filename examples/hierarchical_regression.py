@@ -1,12 +1,12 @@
-"""A hierarchical regression with 63 latents on real data: fitted by a flow guide, judged, handed to ArviZ.
+"""A hierarchical regression with 63 latents on real data: fitted by a flow guide, judged, exported to ArviZ.
 
     python examples/hierarchical_regression.py            about two minutes on two cores
     python examples/hierarchical_regression.py --smoke    seconds, to see that it runs
 
-Data: how far diabetes went on in a year in 442 patients (a score from 25 to 346), their body mass index, and the
+Data: progression of diabetes within a year in 442 patients (a score from 25 to 346), their body mass index, and the
 logarithm of their triglycerides (Efron et al., 2004; it comes with scikit-learn). Patients are grouped by the last, in
-bands of 0.1. Each band has a line of its own, score against body mass, and the lines come from a common population:
-bands of few patients lean on the others.
+bands of 0.1. Each band has its own line, score against body mass, and the lines come from a common population:
+bands with few patients borrow strength from the others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def patients() -> tuple[Tensor, Tensor, Tensor, list[str]]:
 
 
 def model(band: Tensor, mass: Tensor, score: Tensor) -> None:
-    # The centred form, as one writes it down: the lines are drawn around their population, whose spread is unknown.
+    # The centred form: the lines scatter around their population, whose spread is unknown.
     level_mean = pyro.sample("level_mean", dist.Normal(1.5, 0.5))
     slope_mean = pyro.sample("slope_mean", dist.Normal(0.0, 0.5))
     level_sd = pyro.sample("level_sd", dist.HalfNormal(0.5))
@@ -51,7 +51,7 @@ def model(band: Tensor, mass: Tensor, score: Tensor) -> None:
 
 
 def alone(band: Tensor, mass: Tensor, score: Tensor) -> Tensor:
-    """Least squares in each band by itself: level and slope. Shape: (bands, 2); NaN where there are below three."""
+    """Least squares in each band alone: level and slope. Shape: (bands, 2); NaN for fewer than three patients."""
     lines = []
     for index in range(int(band.max()) + 1):
         x, y = mass[band == index], score[band == index]
@@ -61,7 +61,7 @@ def alone(band: Tensor, mass: Tensor, score: Tensor) -> Tensor:
 
 
 def picture(draws: dict[str, Tensor], separate: Tensor, sizes: Tensor, names: list[str], path: Path) -> None:
-    """How bands are drawn towards the population: least squares of each alone, and the posterior."""
+    """Shrinkage of bands towards the population: least squares of each alone, and the posterior."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 1, figsize=(11, 6.5), sharex=True, layout="constrained")
@@ -98,7 +98,7 @@ def main() -> None:
     result = psis(model, guide, *data, num_draws=500 if options.smoke else 10_000, seed=1)
     print(result)
 
-    # One file with draws, log-likelihoods and names, which any tool of ArviZ reads; here a table of the population.
+    # One file with draws, log-likelihoods and names, for ArviZ; here a table of the population.
     posterior = to_arviz(model, result, *data, coords={"band": names})
     posterior.to_netcdf(str(options.output / "posterior.nc"))
     population = ["level_mean", "slope_mean", "level_sd", "slope_sd", "noise"]

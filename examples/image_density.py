@@ -1,4 +1,4 @@
-"""Density of images: fit Glow to handwritten digits, score it in bits, sample it, and let it tell the digits apart.
+"""Density of images: fit Glow to handwritten digits, score it in bits, sample it, and classify with it.
 
 python examples/image_density.py            some minutes on two cores
 python examples/image_density.py --smoke    seconds, to see that it runs
@@ -23,7 +23,7 @@ TEMPERATURES = (0.5, 0.7, 1.0)
 
 
 class Minibatches:
-    """Images with new noise in each pass, and their classes if wanted: whatever can be iterated over is a loader."""
+    """Images with new noise in each pass, and their classes if wanted: any iterable is a loader."""
 
     def __init__(self, images: Tensor, classes: Tensor | None = None, batch_size: int = 128) -> None:
         self.images, self.classes, self.batch_size = images, classes, batch_size
@@ -73,7 +73,7 @@ def show(path: Path, panels: dict[str, Tensor], num_columns: int) -> None:
 
 @torch.no_grad()
 def pictures(flow: NormalizingFlow, train: Tensor, test: Tensor, folder: Path) -> list[Path]:
-    """Samples, their nearest training images, and ways from one test image to another."""
+    """Samples, their nearest training images, and interpolations between test images."""
     generator = torch.Generator().manual_seed(2)
     base = torch.randn(60, 64, generator=generator)
     samples = {f"temperature {t}": flow.transform(t * base) for t in TEMPERATURES}

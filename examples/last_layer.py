@@ -3,10 +3,10 @@
     python examples/last_layer.py            about two minutes on two cores
     python examples/last_layer.py --smoke    seconds, to see that it runs
 
-The body of a network is trained as ever and then kept; its last layer, a logistic regression on six features, gets a
-prior and a posterior, on rows that the body has not seen: on its own rows features look better than they are. Such a
-posterior costs next to nothing, and knows nothing of how unsure the features are. The scale of the weights is a latent
-too. It and the weights make a funnel, which a Gaussian can not follow.
+The body of a network is trained as usual and then frozen; its last layer, a logistic regression on six features, gets a
+prior and a posterior, on rows that the body has not seen, as features look too good on its own rows. Such a posterior
+is cheap, and ignores the uncertainty of the features. The scale of the weights is a latent too; with the weights it
+forms a funnel, which a Gaussian cannot follow.
 
 Data: 30 measurements of cell nuclei in 569 tumours, 212 of them malignant (Street et al., 1993; with scikit-learn).
 """
@@ -74,7 +74,7 @@ def model(features: Tensor, malignant: Tensor) -> None:
 
 
 def run_nuts(features: Tensor, malignant: Tensor, num_samples: int) -> Draws:
-    """Reference draws. NUTS can not follow the funnel, so it samples weights = scale * z."""
+    """Reference draws. NUTS cannot follow the funnel, so it samples weights = scale * z."""
 
     def non_centred() -> None:
         scale = pyro.sample("scale", dist.HalfNormal(3.0))
@@ -140,7 +140,7 @@ def main() -> None:
     num_steps, num_mode_steps = (20, 300) if options.smoke else (2500, 1000)
     num_draws, num_samples = (500, 10) if options.smoke else (10_000, 400)
 
-    # 1. The network as ever. Its body turns 30 measurements into six features between -1 and 1.
+    # 1. An ordinary network. Its body turns 30 measurements into six features between -1 and 1.
     torch.manual_seed(0)
     first, second, test = tumours()
     body, last = train(first, 200)
@@ -168,11 +168,11 @@ def main() -> None:
     name = "AutoRealNVP + PSIS"
     found[name], seconds[name], effective[name] = result.resample(seed=2), seconds["AutoRealNVP"], result.ess
 
-    # 3. The same by NUTS, and what it means for rows that were held out.
+    # 3. The same by NUTS, and the scores of held-out rows.
     start = time.perf_counter()
     found["NUTS"] = run_nuts(*data, num_samples)
     seconds["NUTS"] = time.perf_counter() - start
-    effective["NUTS"] = float(az.ess(found["NUTS"]["scale"].numpy(), method="bulk"))
+    effective["NUTS"] = float(az.ess(found["NUTS"]["scale"].numpy()[None], method="bulk"))
     print(f"\n{'':25s}   held-out log-density   scale: 5 %, 50 %, 95 %  effective   seconds")
     for name, draws in found.items():
         report(name, draws, *held_out, effective[name], seconds[name])

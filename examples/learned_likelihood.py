@@ -3,8 +3,8 @@
     python examples/learned_likelihood.py            about two minutes on two cores
     python examples/learned_likelihood.py --smoke    seconds, to see that it runs
 
-A simulator can be run, but has no density to put behind `obs=`. A conditional flow that is trained on what it makes of
-many parameters has one. For once the simulator's density is known, so that the posterior can be checked.
+A simulator has no density for `obs=`. A conditional flow trained on its output at many parameters has one. Here the
+density of the simulator is known, so that the posterior can be checked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def simulate(theta: Tensor) -> Tensor:
 
 
 def exact_posterior(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and sd of theta ~ N(0, 1) given rows: two Gaussian means, once the parabola is taken off."""
+    """Mean and sd of theta ~ N(0, 1) given rows: two Gaussian means, once the parabola is subtracted."""
     errors = torch.stack([rows[:, 0], rows[:, 1] - rows[:, 0].square() / 2], -1)
     precision = torch.tensor([1.0, NOISE]) ** -2
     total = 1 + len(rows) * precision
@@ -118,9 +118,9 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     num_simulations, num_steps = (500, 20) if options.smoke else (30_000, 1500)
 
-    # 1. A likelihood: the density of a row, given theta, from pairs that the simulator makes.
+    # 1. A likelihood: the density of a row, given theta, learned from simulated pairs.
     torch.manual_seed(0)
-    theta = torch.randn(num_simulations, 2) * 1.3  # a little wider than the prior, so that it is known at its ends too
+    theta = torch.randn(num_simulations, 2) * 1.3  # wider than the prior, so that it is learned at its ends too
     likelihood = NormalizingFlow(conditional_real_nvp(2, context_dim=2, num_layers=6), 2)
     print(fit_density(likelihood, simulate(theta), theta, num_steps=num_steps, seed=0))
     likelihood.requires_grad_(False)  # it is part of the model now; gradients are for theta
@@ -130,7 +130,7 @@ def main() -> None:
     mean, sd = exact_posterior(rows)
     table((mean, sd), of_theta)
 
-    # 2. A prior: the density of past draws, then what one new observation says on top.
+    # 2. A prior: the density of past draws, then updated by one new observation.
     past = past_draws(5000)
     prior = NormalizingFlow(real_nvp(2), 2)
     print(fit_density(prior, past, num_steps=num_steps // 2, seed=0))

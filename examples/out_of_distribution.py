@@ -1,12 +1,12 @@
-"""What is strange? A density of patches of a photograph, where it tells strange patches, and where it fails.
+"""Out-of-distribution scores: a density of patches of a photograph, where it detects other patches, where it fails.
 
     python examples/out_of_distribution.py            about a minute on two cores
     python examples/out_of_distribution.py --smoke    seconds, to see that it runs
 
-A low density should mean "strange", and does for noise. It fails for what is smoother than the data: smooth patches
-have a higher density than any other, so that another photograph with soft colours counts as more normal than the one
-that was learned. (Of a thousand throws of a coin that shows heads nine times in ten, all heads is the likeliest
-outcome, and is never seen.) The remedy: ask for a usual density instead of a high one, and of several patches together.
+A low density should mean "out of distribution", and does for noise. It fails for data that are smoother: smooth patches
+have a higher density than any others, so another photograph with soft colours looks more typical than the one that was
+learned. (Of a thousand throws of a coin that shows heads nine times in ten, all heads is the likeliest outcome, and
+never occurs.) The remedy: test for a typical density instead of a high one, over several patches together.
 
 Data: two photographs that come with scikit-learn, a palace in China and a flower, in grey; its digits.
 """
@@ -36,7 +36,7 @@ def patches(name: str) -> Tensor:
 
 
 def palace() -> tuple[Tensor, Tensor, Tensor]:
-    """Patches to train on, to choose the weights by, and to test, from different tiles. Shape: (N, 64)."""
+    """Training, validation and test patches, from different tiles. Shape: (N, 64)."""
     tiles = patches("china")
     tiles = tiles[torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))]
     train, held_out, test = tiles.split([180, 30, len(tiles) - 210])
@@ -50,7 +50,7 @@ def strange(test: Tensor) -> Sets:
     flower = patches("flower").flatten(0, 1)
     return {
         "noise": torch.randint(256, test.shape, generator=generator).float(),
-        # each pixel as in some patch: only how they go together is wrong
+        # each pixel as in some patch: only their combination is wrong
         "pixels shuffled": torch.stack([pixel[torch.randperm(len(test), generator=generator)] for pixel in test.T], -1),
         "digits": digits[torch.randint(len(digits), (len(test),), generator=generator)].round(),
         "blurred palace": nn.functional.avg_pool2d(test.reshape(-1, 1, SIZE, SIZE), 3, 1, 1, False, False).flatten(1),
@@ -70,12 +70,12 @@ def together(scores: Tensor) -> Tensor:
 
 
 def auroc(known: Tensor, strange: Tensor) -> float:
-    """The chance that a strange one scores above a known one: 1 is perfect, 0.5 a guess, below is worse."""
+    """Probability that an unknown patch scores above a known one: 1 is perfect, 0.5 is chance."""
     return float(roc_auc_score([0] * len(known) + [1] * len(strange), torch.cat([known, strange])))
 
 
 def picture(images: Sets, density: Sets, table: dict[str, dict[str, float]], path: Path) -> None:
-    """A row for each set: some of its patches, its log-densities, and how well each score tells it from the test."""
+    """A row for each set: some patches, its log-densities, and how well each score separates it from the test."""
     import matplotlib.pyplot as plt
 
     names = list(images)
@@ -124,7 +124,7 @@ def main() -> None:
         density = {name: flow.log_prob(to_unit(levels)) for name, levels in images.items()}
         usual = flow.log_prob(held_out).mean()
 
-    # Four scores. The higher, the stranger.
+    # Four scores; higher means more unusual.
     scores = {
         "low density, one patch": {name: -value for name, value in density.items()},
         "unusual density, one patch": {name: (value - usual).abs() for name, value in density.items()},

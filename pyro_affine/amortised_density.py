@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -19,7 +19,6 @@ from pyro_affine.regression import ridge
 from pyro_affine.scales import AdditiveScale
 
 _REGRESSION_ENTRIES = 50_000_000  # of the context, in float64: 400 MB
-_ENCODED_ROWS = 10_000  # at once
 
 
 class AmortisedDensity(nn.Module):
@@ -35,6 +34,7 @@ class AmortisedDensity(nn.Module):
     Args:
         size: number of unconstrained latents.
         encoder: from packed data to the context.
+        latents: names and shapes of the sites that the vector holds, in its order, to be checked when it is used again.
         num_layers, hidden_dims, activation, seed: of the flow, as in ``conditional_real_nvp``.
 
     >>> density = AmortisedDensity(3, DataEncoder({"y": Size([4])}, {}))
@@ -42,11 +42,14 @@ class AmortisedDensity(nn.Module):
     torch.Size([7])
     """
 
+    latents: dict[str, Size] | None = None  # in files from before it was known
+
     def __init__(
         self,
         size: int,
         encoder: DataEncoder,
         *,
+        latents: Mapping[str, Size] | None = None,
         num_layers: int = 8,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
@@ -61,7 +64,7 @@ class AmortisedDensity(nn.Module):
         self.noise = LowerTriangularAffine(torch.zeros(size))
         couplings = conditional_real_nvp(size, context_dim, seed=seed, **options)
         self.flow = NormalizingFlow(ConditionalComposeFlow([couplings, self.noise, self.regression]), size)
-        self.event_shape = Size([size])
+        self.event_shape, self.latents = Size([size]), None if latents is None else dict(latents)
         self.standardized = False
 
     def forward(self, packed: Tensor) -> dist.TransformedDistribution:
@@ -92,15 +95,21 @@ class AmortisedDensity(nn.Module):
             self._regress(latents[:rows], packed[:rows])
             self.standardized = True
 
+    def undecayed(self) -> list[Tensor]:
+        """Weights that start from the data, for which zero is no better guess: no weight decay draws them there."""
+        return [self._linear().weight]
+
+    def _linear(self) -> Any:
+        conditioner: Any = self.regression.coupling.conditioner
+        return conditioner.network.from_context
+
     def _regress(self, latents: Tensor, packed: Tensor) -> None:
         standardized, _ = self.flow.chain.parts[-1]._backward(latents)
-        context = torch.cat([self.encoder(rows) for rows in packed.split(_ENCODED_ROWS)])
+        context = torch.cat([self.encoder(rows) for rows in packed.split(self.encoder.rows_at_once)])
         context = context * self.encoder.is_fixed  # large weights on what is trained would shake it
         weight, bias, tril = ridge(context, standardized)
-        linear: Any = self.regression.coupling.conditioner
-        linear = linear.network.from_context
-        linear.weight.copy_(weight)
-        linear.bias.copy_(bias)
+        self._linear().weight.copy_(weight)
+        self._linear().bias.copy_(bias)
         scale = tril.diagonal()
         self.noise.log_scale.copy_(scale.log())
         self.noise.below.copy_((tril / scale[:, None]).tril(-1))

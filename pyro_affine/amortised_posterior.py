@@ -19,6 +19,7 @@ from pyro_affine.diagnostics import psis
 from pyro_affine.export import to_arviz
 from pyro_affine.inference_data import inference_data
 from pyro_affine.latent_layout import LatentLayout
+from pyro_affine.particles import first_success
 from pyro_affine.psis_result import PSISResult
 from pyro_affine.random_state import seeded
 
@@ -30,6 +31,8 @@ class AmortisedPosterior:
         density: trained.
         layout: of the latents.
         data: values of the observed sites. A leading batch of data sets gives a batch of posteriors.
+        like: a value of each observed site as the model draws it, for dtype and device: counts given as integers, or
+            booleans, become what the model's likelihood takes. None to leave them.
         model: with its likelihood; None where it has none.
         args, kwargs: arguments of the model, for these data.
         reason: why there is no likelihood.
@@ -45,6 +48,7 @@ class AmortisedPosterior:
         layout: LatentLayout,
         data: Mapping[str, Tensor],
         *,
+        like: Mapping[str, Tensor] | None = None,
         model: Callable[..., Any] | None = None,
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
@@ -53,7 +57,8 @@ class AmortisedPosterior:
         if not isinstance(data, Mapping):
             sites = list(density.encoder.shapes)
             raise ValueError(f"data must be a dict of values by site, got {type(data).__name__}; its keys are {sites}")
-        self.data = {name: _as_tensor(name, value, density.encoder.loc.dtype) for name, value in data.items()}
+        known, default = like or {}, density.encoder.loc
+        self.data = {name: _as_tensor(name, value, known.get(name, default)) for name, value in data.items()}
         self._layout, self._model, self._args, self._kwargs = layout, model, args, kwargs or {}
         self._reason = reason
         packed = _packed(density, self.data)
@@ -79,8 +84,8 @@ class AmortisedPosterior:
             ValueError: naming a site that is missing or of another shape.
         """
         self._layout.require_values(values)
-        inside = self._layout.contains(values)
         u = self._layout.unconstrain(values)
+        inside = self._layout.contains(values) & u.isfinite().all(-1)  # a closed boundary lies at infinity
         u = torch.where(inside[..., None], u, 0.0)
         log_prob = self._vectors.log_prob(u) - self._layout.log_det(u)
         return torch.where(inside, log_prob, -torch.inf)
@@ -109,7 +114,8 @@ class AmortisedPosterior:
         """Draws weighted by the model's likelihood, with a verdict: log weight = log p(z, data) - log q(z | data).
 
         Raises:
-            ValueError: if the model has no likelihood, or the posterior is of a batch of data sets.
+            ValueError: if the model has no likelihood, draws the data in another shape, or the posterior is of a batch
+                of data sets.
         """
         model = self._require_model()
         options: dict[str, Any] = {"num_draws": num_draws, "seed": seed, "progress": progress}
@@ -131,8 +137,8 @@ class AmortisedPosterior:
         known = {name: options.pop(name) for name in ("coords", "dims") if name in options}
         if any(options.values()):
             raise ValueError(f"{sorted(options)} need a model with a likelihood, but {self._reason}; leave them out")
-        draws: dict[str, np.ndarray] = {name: x.numpy()[None] for name, x in self.sample(num_draws, seed=seed).items()}
-        data = {name: value.numpy() for name, value in self.data.items()}
+        draws: dict[str, np.ndarray] = {n: x.cpu().numpy()[None] for n, x in self.sample(num_draws, seed=seed).items()}
+        data = {name: value.cpu().numpy() for name, value in self.data.items()}
         attrs = {"posterior": {"draws": "of the amortised posterior, without weights"}}
         return inference_data({"posterior": draws, "observed_data": data}, attrs=attrs, **known)
 
@@ -151,11 +157,25 @@ class AmortisedPosterior:
         self.require_one_data_set()
         if self._model is None:
             raise ValueError(
-                f"the model must have a likelihood to weigh draws with, but {self._reason}; check the posterior by "
+                f"the model must have a likelihood to weight draws with, but {self._reason}; check the posterior by "
                 "sbc_ranks and expected_coverage instead"
             )
         conditioned: Callable[..., Any] = poutine.condition(self._model, data=self.data)
+        self._require_shapes(conditioned)
         return conditioned
+
+    def _require_shapes(self, conditioned: Callable[..., Any]) -> None:
+        """In a plate of another number of rows, data would be repeated to fill it, and counted as often."""
+        with seeded(0), torch.no_grad():
+            trace = first_success(lambda: poutine.trace(conditioned).get_trace(*self._args, **self._kwargs))
+        for name, value in self.data.items():
+            drawn = trace.nodes[name]["fn"].shape()
+            if drawn != value.shape:
+                raise ValueError(
+                    f"with its arguments the model must draw each observed site in the shape of its data, got site "
+                    f"'{name}' of shape {tuple(drawn)} and data of shape {tuple(value.shape)}; pass the arguments for "
+                    "these data: condition(data, kwargs=...)"
+                )
 
 
 def _packed(density: AmortisedDensity, data: Mapping[str, Tensor]) -> Tensor:
@@ -169,7 +189,8 @@ def _packed(density: AmortisedDensity, data: Mapping[str, Tensor]) -> Tensor:
     return packed
 
 
-def _as_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+def _as_tensor(name: str, value: Any, like: Tensor) -> Tensor:
+    """On the device of another tensor, and in its dtype if that is a floating-point one."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -177,7 +198,7 @@ def _as_tensor(name: str, value: Any, dtype: torch.dtype) -> Tensor:
             f"the data of site '{name}' must be numbers in a tensor, an array or nested lists of one length, got "
             f"{type(value).__name__} ({error}); missing rows are NaN"
         ) from error
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor  # counts stay integers
+    return tensor.to(like) if like.is_floating_point() else tensor.to(like.device)
 
 
 class _PosteriorGuide(AutoContinuous):

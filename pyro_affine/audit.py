@@ -16,7 +16,7 @@ _ENTRIES_AT_ONCE = 64  # rows of a Jacobian in one pass: few enough for memory, 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What a flow can not do whatever its parameters.
+    """What a flow cannot do whatever its parameters.
 
     Attributes:
         unmoved: indices of entries of y that no parameter moves.
@@ -120,7 +120,7 @@ def _data_shape(flow: FlowTransform, event_shape: tuple[int, ...] | None) -> Siz
 def _points(flow: FlowTransform, shape: Size, num_points: int = 3) -> Tensor:
     """A few points of the domain; more than one since a unit of a network may be off at a single point."""
     generator = torch.Generator().manual_seed(0)
-    points = torch.randn((num_points, *shape), generator=generator)
+    points = torch.randn((num_points, *shape), generator=generator, device="cpu")
     own = next((t for t in flow._tensors() if t.is_floating_point()), points)
     return points.to(own)
 
@@ -131,7 +131,7 @@ def _randomised(flow: FlowTransform, seed: int) -> FlowTransform:
     generator = torch.Generator().manual_seed(seed)
     for tensor in flow._tensors():
         if isinstance(tensor, nn.Parameter):
-            tensor.data.add_(0.1 * torch.randn(tensor.shape, generator=generator).to(tensor))
+            tensor.data.add_(0.1 * torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor))
     return flow
 
 

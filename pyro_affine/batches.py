@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -95,6 +95,33 @@ class RowCheck:
         return value
 
 
+def require_rows(num_rows: int, num_held_out: int) -> None:
+    """Raise a ValueError where one row is held out, or fewer than two are left to train on."""
+    if num_rows - num_held_out < 2 or num_held_out == 1:
+        raise ValueError(
+            f"data must have 2 rows to train on and 2 to hold out, if any, got {num_rows} in all; give more rows, "
+            "a larger share such as validation=0.3, or validation=None"
+        )
+
+
+class Batches(Protocol):
+    """Where minibatches come from: ``RowBatches``, ``LoaderBatches`` or ``StoredBatches``."""
+
+    per_epoch: int | None
+
+    def next(self) -> Rows:
+        """The next minibatch."""
+
+    def first(self, limit: int) -> Rows:
+        """Up to ``limit`` rows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
 class RowBatches:
     """Endless minibatches of rows in memory, each epoch in a new random order.
 
@@ -150,6 +177,11 @@ class LoaderBatches:
     """
 
     def __init__(self, loader: Iterable[Any], check: RowCheck) -> None:
+        if hasattr(loader, "to_numpy"):
+            raise ValueError(
+                f"rows must be a tensor or an array, got {type(loader).__name__}; for frames there is TableDensity, or "
+                "use torch.as_tensor(frame.to_numpy(), dtype=torch.float32)"
+            )
         if isinstance(loader, Iterator) or not isinstance(loader, Iterable):
             raise ValueError(
                 f"data must be a tensor, a NumPy array or a DataLoader, got {type(loader).__name__}; "

@@ -1,6 +1,6 @@
 """Objects as data: a tree that says what a flow is made of, and the way back from it.
 
-As in pickle, the tree holds each object's class, by name, and its attributes; unlike a pickle it can not say
+As in pickle, the tree holds each object's class, by name, and its attributes; unlike a pickle it cannot say
 "call this". Going back makes an empty object of each class with ``__new__`` and sets its attributes: no
 constructor and no function of the tree runs, and a class must be on the list of ``known_classes``.
 
@@ -9,7 +9,7 @@ numbers and look at data, and would have to be recorded layer by layer; attribut
 layer that can be pickled can be saved. What a layer keeps for speed alone it leaves out in ``__getstate__``. The
 price: an attribute that a later version adds needs a default on its class, for files from before.
 
-Why not torch's own ``safe_globals``: it calls listed classes with arguments from the file, it can not say which
+Why not torch's own ``safe_globals``: it calls listed classes with arguments from the file, it cannot say which
 attribute of which layer stands in the way, and it has no word for what Pyro's ``Spline`` keeps, a method of
 itself.
 
@@ -65,7 +65,7 @@ class Writer:
         """The tree of a value.
 
         Raises:
-            ValueError: naming the path, for what a file can not hold: a function, an unknown class.
+            ValueError: naming the path, for what a file cannot hold: a function, an unknown class.
         """
         if value is None or type(value) in (bool, int, str) or isinstance(value, float):
             return value
@@ -228,7 +228,7 @@ def _kept_state(made: Any, state: Mapping[str, Any], path: str) -> Iterator[tupl
     for name, value in state.items():
         if isinstance(made, nn.Module) and name in _machinery():
             if isinstance(value, dict) and value:
-                raise ValueError(f"a file can not hold hooks, got {name} at {path}; remove them before you save")
+                raise ValueError(f"a file cannot hold hooks, got {name} at {path}; remove them before you save")
         elif _own_method(made, value) != name:
             yield name, value
 

@@ -20,13 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ENTRIES_AT_ONCE = 10_000_000  # of draws: 40 MB in float32
+_FEWEST_DATASETS = 10
+_ROUNDING = 1e-6  # relative: so near, a draw is a tie, as is the diagonal of a matrix of correlations
 
 
 @dataclass(frozen=True)
 class Ranks:
     """Positions of true values among draws, as numbers that are uniform in [0, 1] for the right posterior.
 
-    With r of L draws below the true value, u = (r + v) / (L + 1), v ~ Uniform(0, 1).
+    With r of L draws below the true value and s equal to it, u = (r + v (s + 1)) / (L + 1), v ~ Uniform(0, 1).
 
     Args:
         values: u by site, each of shape (number of data sets,) + shape of the site.
@@ -110,7 +112,8 @@ def sbc_ranks(
         npe: trained.
         num_datasets: data sets to simulate.
         num_draws: draws of each posterior.
-        simulations: some that training has not seen, in place of new ones.
+        simulations: some that training has not seen, in place of new ones. As in training, rows that are not finite
+            are left out, with a warning.
         seed: of simulations and draws.
         progress: whether to show a bar for simulations of more than two seconds.
 
@@ -118,7 +121,7 @@ def sbc_ranks(
         The ranks; print them for the verdict, or give them to ``plot_sbc``.
 
     Raises:
-        ValueError: if ``num_draws`` is below 1, or there are fewer than 10 data sets.
+        ValueError: if ``num_draws`` is below 1, or there are fewer than 10 finite data sets.
 
     Source: Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018).
 
@@ -138,7 +141,9 @@ def sbc_ranks(
         for rows in _chunks(npe, simulations, num_draws):
             draws = npe.condition(rows.data).sample(num_draws)
             for name, truth in rows.latents.items():
-                pieces[name].append(_positions((draws[name] < truth).sum(0), num_draws))
+                drawn = draws[name]
+                ties = drawn.isclose(truth.to(drawn), rtol=_ROUNDING, atol=0.0)
+                pieces[name].append(_positions((drawn < truth) & ~ties, ties))
     return Ranks({name: torch.cat(parts) for name, parts in pieces.items()}, num_draws)
 
 
@@ -154,7 +159,7 @@ def expected_coverage(
     """Coverage of the regions of highest density of all latents together, over data sets from the prior.
 
     For each data set the level is the share of posterior draws that are denser than the truth. It sees what ranks of
-    single entries can not, such as a wrong correlation. Arguments and errors as of ``sbc_ranks``.
+    single entries cannot, such as a wrong correlation. Arguments and errors as of ``sbc_ranks``.
 
     Source: A Trust Crisis In Simulation-Based Inference? Your Posterior Approximations Can Be Unfaithful (Hermans et
     al., 2022).
@@ -164,8 +169,8 @@ def expected_coverage(
         levels = []
         for rows in _chunks(npe, simulations, num_draws):
             posterior = npe.condition(rows.data)
-            denser = posterior.log_prob(posterior.sample(num_draws)) > posterior.log_prob(rows.latents)
-            levels.append(_positions(denser.sum(0), num_draws))
+            drawn, truth = posterior.log_prob(posterior.sample(num_draws)), posterior.log_prob(rows.latents)
+            levels.append(_positions(drawn > truth, drawn == truth))
     return Coverage(torch.cat(levels))
 
 
@@ -212,12 +217,14 @@ def plot_sbc(ranks: Ranks, path: str | os.PathLike[str] | None = None) -> Figure
 def _require(
     npe: NeuralPosterior, num_datasets: int, num_draws: int, simulations: Simulations | None, progress: bool
 ) -> Simulations:
-    if num_draws < 1 or (len(simulations) if simulations is not None else num_datasets) < 10:
+    found = npe.simulate(num_datasets, progress=progress) if simulations is None else simulations
+    found = npe.finite(found)
+    if num_draws < 1 or len(found) < _FEWEST_DATASETS:
         raise ValueError(
-            f"num_draws must be 1 or more and the data sets 10 or more, got {num_draws} and "
-            f"{num_datasets if simulations is None else len(simulations)}"
+            f"num_draws must be 1 or more and the finite data sets {_FEWEST_DATASETS} or more, got {num_draws} and "
+            f"{len(found)}"
         )
-    return npe.simulate(num_datasets, progress=progress) if simulations is None else simulations
+    return found
 
 
 def _chunks(npe: NeuralPosterior, simulations: Simulations, num_draws: int) -> Iterator[Simulations]:
@@ -226,6 +233,8 @@ def _chunks(npe: NeuralPosterior, simulations: Simulations, num_draws: int) -> I
         yield simulations[start : start + step]
 
 
-def _positions(rank: Tensor, num_draws: int) -> Tensor:
-    noise: Any = torch.rand(rank.shape, dtype=torch.float64)
-    return (rank.double() + noise) / (num_draws + 1)  # type: ignore[no-any-return]
+def _positions(below: Tensor, ties: Tensor) -> Tensor:
+    """Places among the draws, of which there are len(below); among ties by chance. On the CPU, for tests and plots."""
+    first, number = below.sum(0).cpu().double(), ties.sum(0).cpu()
+    noise: Any = torch.rand(first.shape, dtype=torch.float64, device="cpu")
+    return (first + noise * (number + 1)) / (len(below) + 1)  # type: ignore[no-any-return]

@@ -63,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Read a checkpoint; None when there is none.
 
     When a kill came between the two renames of a write, ``path.previous`` is the newest whole one and is read.
-    The file is loaded with ``weights_only=True``: it can not run code.
+    The file is loaded with ``weights_only=True``: it cannot run code.
 
     Raises:
         ValueError: if the file is not a checkpoint, or is cut short, or damaged. No file is changed.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
@@ -18,7 +19,7 @@ from torch.distributions import (
     Transform,
     constraints,
 )
-from torch.distributions.transforms import StackTransform, identity_transform
+from torch.distributions.transforms import StackTransform
 
 from pyro_affine.batches import RowCheck
 from pyro_affine.fit_density import fit_density
@@ -26,7 +27,7 @@ from pyro_affine.fit_result import FitResult
 from pyro_affine.flows import NormalizingFlow, real_nvp
 from pyro_affine.random_state import seeded
 from pyro_affine.stored_batches import sample_stored
-from pyro_affine.stored_rows import is_stored, stored_rows
+from pyro_affine.stored_rows import StoredRows, is_stored, stored_rows
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -35,6 +36,7 @@ Kind = str | tuple[Any, ...]
 
 _RULE = '"real", "positive", "integer", ("bounded", low, high) or ("circular", period)'
 _BINS = 36  # of the histogram whose emptiest bin a circle is cut at
+_FAR = 1000.0  # standard deviations from 0: float32 would round values to 1e-4 of them
 
 
 class TableDensity(nn.Module):
@@ -44,7 +46,9 @@ class TableDensity(nn.Module):
     low + (high - low) sigmoid(u_j) for ("bounded", low, high). A ("circular", period) column takes values modulo its
     period, as if bounded between a cut, put by ``fit`` where the rows are rarest, and the same point one turn later:
     the density is exact and integrates to one over the circle, but need not be continuous across the cut. For an
-    "integer" column the flow models y + noise, uniform in [0, 1), and ``log_prob`` averages over the noise.
+    "integer" column the flow models y + noise, uniform in [0, 1), and ``log_prob`` averages over the noise. From "real"
+    and "integer" columns a thousand standard deviations from 0, such as times in seconds since 1970, ``fit`` takes the
+    median away before they become float32; ``sample`` gives it back in float64, the distribution for Pyro in float32.
 
     Args:
         columns: kind of each column by name, in the order of the columns of samples.
@@ -89,31 +93,40 @@ class TableDensity(nn.Module):
         """The distribution of rows as a tensor, for ``pyro.sample``. Event shape: (number of columns,)."""
         return dist.TransformedDistribution(self.flow(), [self.transform])
 
-    def fit(self, frame: DataFrame | Any, **options: Any) -> FitResult:
+    def fit(
+        self, frame: DataFrame | Any, *, validation: float | DataFrame | Any | None = 0.1, **options: Any
+    ) -> FitResult:
         """Fit the flow by ``fit_density``, which takes the options, to a frame or to Parquet as in ``stored_rows``.
 
-        The scores in the result are those of u, the columns on the whole real line.
+        ``validation`` is a share of the rows, rows of their own in either form, or None. The scores in the result are
+        those of u, the columns on the whole real line.
         """
-        if is_stored(frame):
-            return self._fit_stored(frame, options)
-        rows = self._rows(frame)
-        self._put_cuts(rows)
-        unconstrained, _ = self._unconstrained(rows, noise=True)
-        return fit_density(self.flow, unconstrained, **options)
+        rows, seed = self._opened(frame), options.get("seed") or 0
+        if not self.flow.standardized:  # what is trained holds for the cuts that it was trained with
+            self._put_cuts(rows)
+        if not (validation is None or isinstance(validation, float | int)):
+            validation = self._for_flow(self._opened(validation), seed)
+        return fit_density(self.flow, self._for_flow(rows, seed), validation=validation, **options)
 
-    def _fit_stored(self, data: Any, options: dict[str, Any]) -> FitResult:
-        rows = stored_rows(data, list(self.columns))
-        self._put_cuts(sample_stored(rows, None, RowCheck(None, torch.float64)).value.to(self.cuts))
+    def _opened(self, data: DataFrame | Any) -> Tensor | StoredRows:
+        return stored_rows(data, list(self.columns)) if is_stored(data) else self._rows(data)
 
-        def read(start: int, stop: int) -> Any:
-            checked = self._checked(rows.tensor(start, stop, torch.float64).to(self.cuts))
-            with seeded(start):  # the noise of integers is the same each time
-                return self._unconstrained(checked, noise=True)[0].cpu().numpy()
-
-        return fit_density(self.flow, replace(rows, read=read), **options)
-
-    def _put_cuts(self, rows: Tensor) -> None:
+    def _put_cuts(self, rows: Tensor | StoredRows) -> None:
+        if isinstance(rows, StoredRows):
+            rows = sample_stored(rows, None, RowCheck(None, torch.float64)).value.to(self.cuts)
         self.cuts.copy_(torch.stack([_cut(kind, rows[:, j]) for j, kind in enumerate(self.columns.values())]))
+
+    def _for_flow(self, rows: Tensor | StoredRows, seed: int) -> Tensor | StoredRows:
+        """u of the rows; the noise of integers is the same in all processes, each time and after a resume."""
+        if isinstance(rows, StoredRows):
+            return replace(rows, read=partial(self._read, rows))
+        with seeded(seed):
+            return self._unconstrained(rows, noise=True)[0]
+
+    def _read(self, rows: StoredRows, start: int, stop: int) -> Any:
+        checked = self._checked(rows.tensor(start, stop, torch.float64).to(self.cuts))
+        with seeded(start):
+            return self._unconstrained(checked, noise=True)[0].cpu().numpy()
 
     @torch.no_grad()
     def log_prob(self, frame: DataFrame, num_draws: int = 16) -> Tensor:
@@ -157,6 +170,12 @@ class TableDensity(nn.Module):
             raise ValueError(
                 f"the frame must be a DataFrame with the columns {list(self.columns)}, got {type(frame).__name__} "
                 f"without {missing}; name them so, or declare other columns"
+            )
+        texts = [name for name in self.columns if frame[name].dtype.kind not in "biuf"]
+        if texts:
+            raise ValueError(
+                f"columns must hold numbers, got {frame[texts[0]].dtype} in {texts}; convert numbers "
+                "by pandas.to_numeric, fit a density for each category, or leave these columns out"
             )
         rows = frame[list(self.columns)].to_numpy(dtype="float64", copy=True)
         return self._checked(torch.as_tensor(rows).to(self.cuts.device))
@@ -210,16 +229,18 @@ def _transform(kind: tuple[Any, ...], cut: float) -> Transform:
     if kind[0] in ("bounded", "circular"):
         low, high = kind[1:] if kind[0] == "bounded" else (cut, cut + kind[1])
         return ComposeTransform([SigmoidTransform(), AffineTransform(low, high - low)])
-    return identity_transform
+    return AffineTransform(cut, 1.0)
 
 
 def _cut(kind: tuple[Any, ...], values: Tensor) -> Tensor:
-    """Middle of the emptiest of some bins of a circle; 0 for other columns."""
-    if kind[0] != "circular":
-        return values.new_zeros(())
-    counts = torch.histc(values % kind[1], _BINS, 0.0, kind[1])
-    cut: Tensor = (counts.argmin() + 0.5) / _BINS * kind[1]
-    return cut
+    """Middle of the emptiest of some bins of a circle; of numbers far from 0 for their spread, the median; else 0."""
+    if kind[0] == "circular":
+        counts = torch.histc(values % kind[1], _BINS, 0.0, kind[1])
+        cut: Tensor = (counts.argmin() + 0.5) / _BINS * kind[1]
+        return cut
+    middle = values.median()
+    is_far = kind[0] in ("real", "integer") and bool(middle.abs() > _FAR * values.std(correction=0))
+    return middle if is_far else torch.zeros_like(middle)
 
 
 def _unrolled(kind: tuple[Any, ...], values: Tensor, cut: Tensor, noise: bool) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_affine.particles import BAD_DRAW, first_line
 from pyro_affine.random_state import new_seed, seeded
+from pyro_affine.traces import BAD_DRAW, first_line
 
 Compile = bool | str | dict[str, Any]
 """Whether to compile: True, a mode of ``torch.compile``, or a dict of its arguments."""
@@ -19,7 +19,7 @@ _TRIES = 10  # seeds; a guide of sensible width draws ten refused starts in a ro
 
 
 class CompiledFunction:
-    """A function of tensors, compiled at its first call, or as it is where that can not be done.
+    """A function of tensors, compiled at its first call, or as it is where that cannot be done.
 
     The first call compares both: a random sum of what they return, and its gradient. Where they differ, or the
     compiler raises an error then or later, such as for want of a C++ compiler, the function runs as it is from there
@@ -29,7 +29,7 @@ class CompiledFunction:
         function: of tensors; returns a tensor or a tuple of tensors. Random numbers must be those of eager code.
         parameters: what it has gradients for, apart from its arguments; they stay where they are.
         compile: True, a mode, or arguments of ``torch.compile``. One graph, without breaks.
-        source: what is compiled in its place, for a function that a compiler can not read.
+        source: what is compiled in its place, for a function that a compiler cannot read.
 
     >>> double = CompiledFunction(lambda x: 2 * x, [], {"backend": "eager"})
     >>> double(torch.ones(2))

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 
@@ -18,10 +17,10 @@ from pyro_affine.flows import conditional_real_nvp
 from pyro_affine.guides import AutoRealNVP
 from pyro_affine.linear import LowerTriangularAffine
 from pyro_affine.scales import AdditiveScale, ScaleMap
-from pyro_affine.support_check import ConstraintMarker, constrained_sites, require_fixed_supports
+from pyro_affine.support_check import CheckedGuide
 
 
-class AutoConditionalRealNVP(AutoContinuous):
+class AutoConditionalRealNVP(CheckedGuide):
     """Guide over the global latents of a model whose flow depends on ``context_fn`` of the model's arguments.
 
     With c = context_fn(*args, **kwargs), the unconstrained latents side by side in a vector of D entries are
@@ -59,8 +58,8 @@ class AutoConditionalRealNVP(AutoContinuous):
         init_scale: standard deviation at the start, in unconstrained space.
 
     Raises:
-        ValueError: if an argument is out of range; at a call, if the context is no vector or changes its size, or if
-            the support of a site depends on another latent.
+        ValueError: if an argument is out of range; at a call, if the context is no vector or changes its size, if the
+            support of a site depends on another latent, or if a latent lies in a plate that subsamples.
 
     Source: Amortized Inference in Probabilistic Reasoning (Gershman and Goodman, 2014).
 
@@ -107,8 +106,6 @@ class AutoConditionalRealNVP(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        require_fixed_supports(self, args, kwargs)
-        self._constrained = constrained_sites(self)
         loc, size = self._init_loc(), self.latent_dim
         self.context_dim: int | None = None
         self.context_dim = context_dim = len(self.context(*args, **kwargs))
@@ -139,13 +136,6 @@ class AutoConditionalRealNVP(AutoContinuous):
     def get_transform(self, *args: Any, **kwargs: Any) -> ComposeFlow:
         """The flow from base entries to unconstrained latents, for these arguments."""
         return self.chain.condition(self.context(*args, **kwargs))
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """A draw of each latent site, for these arguments."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        with ConstraintMarker(self._constrained):
-            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
 
     median = AutoRealNVP.median
     quantiles = AutoRealNVP.quantiles

@@ -75,7 +75,7 @@ class Residual(nn.Sequential):
 
 
 class WeightNormConv2d(nn.Conv2d):
-    """Convolution whose filters are gain * weight / |weight|. A layer under torch's own weight_norm can not be pickled.
+    """Convolution whose filters are gain * weight / |weight|. A layer under torch's own weight_norm cannot be pickled.
 
     Source: Weight Normalization (Salimans and Kingma, 2016).
     """

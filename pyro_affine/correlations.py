@@ -40,6 +40,11 @@ class Correlations(FlowTransform):
         self.loc.copy_(data.mean(0, dtype=torch.float64))
         self.scale_tril.copy_(torch.linalg.cholesky(shrunk_covariance(data)))
 
+    @property
+    def is_new(self) -> bool:
+        """Whether ``fit`` has not changed it."""
+        return torch.equal(self.scale_tril, torch.eye(len(self.loc)).to(self.scale_tril))
+
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x @ self.scale_tril.T + self.loc, self._log_det(x)
 
@@ -61,7 +66,8 @@ def shrunk_covariance(data: Tensor) -> Tensor:
     """Covariance of rows, its correlations drawn towards zero by as much as one half of the rows predicts of the other.
 
     covariance = (1 - s) sample covariance + s diag(sample variances), with the s, of a few from 1e-6 to 0.9, that gives
-    each half of the rows the highest log-density under the Gaussian of the other half. In float64.
+    each half of the rows the highest log-density under the Gaussian of the other half. Columns that are constant in one
+    half have no say: that half tells nothing of the other. In float64.
 
     Args:
         data: rows. Shape: (N, D).
@@ -69,9 +75,21 @@ def shrunk_covariance(data: Tensor) -> Tensor:
     >>> shrunk_covariance(torch.tensor([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]))[0, 1] < 1
     tensor(True)
     """
-    halves = _Moments.of(data[::2]), _Moments.of(data[1::2])
-    share = max(_SHARES, key=lambda s: _gain(*halves, s) + _gain(*halves[::-1], s)) if len(data) > 9 else _SHARES[-1]
+    share = _best_share(data) if len(data) > 9 else _SHARES[-1]
     return _drawn(_Moments.of(data).covariance, share)
+
+
+def _best_share(data: Tensor) -> float:
+    varies = _varies(data[::2]) & _varies(data[1::2])
+    if not varies.all():
+        return _best_share(data[:, varies]) if varies.any() else _SHARES[-1]
+    halves = _Moments.of(data[::2]), _Moments.of(data[1::2])
+    return max(_SHARES, key=lambda s: _gain(*halves, s) + _gain(*halves[::-1], s))
+
+
+def _varies(rows: Tensor) -> Tensor:
+    low, high = rows.aminmax(dim=0)
+    return low < high
 
 
 class _Moments(NamedTuple):

@@ -21,8 +21,9 @@ def default_scale(num_layers: int = 1) -> AtanScale:
     """The scale map of couplings and builders: free to shrink, slower to grow, and tighter in deep stacks.
 
     Layers multiply, so the log-scales of a stack must share a budget: lower = min(2, 32 / num_layers), upper =
-    min(1, 32 / num_layers). Then stacks of 64 randomly initialised layers in float32 come back to 3e-5 both ways, in 2,
-    4 and 16 dimensions and each of 12 seeds; with (2, 1) at any depth one in twenty is off by 0.01 and more.
+    min(1, 32 / num_layers). Then stacks of 64 randomly initialised layers in float32 come back to 3e-5 with networks
+    of two hidden layers of 64, to 1e-4 with the residual networks of ``real_nvp``, both ways, in 2, 4 and 16 dimensions
+    and each of 12 seeds; with (2, 1) at any depth one in twenty is off by 0.01 and more.
 
     Args:
         num_layers: number of couplings in the stack.
@@ -186,7 +187,7 @@ class ConditionalAffineCoupling(ConditionalTransformModule):
         _require_context(context, getattr(self.coupling.conditioner, "context_dim", None))
         self.coupling._check_type(context)
         layer = copy.copy(self.coupling)
-        layer.context = context
+        layer.__dict__["context"] = context  # past Module.__setattr__, which takes a Parameter for one of its own
         layer.batch_shape = context.shape[:-1]
         return layer
 
@@ -229,10 +230,7 @@ def affine_coupling(
     >>> affine_coupling(4, [16])(torch.zeros(4)).detach()
     tensor([0., 0., 0., 0.])
     """
-    mask, options, network = _plan(input_dim, split_dim, dim, kwargs)
-    num_kept = int(mask.sum())
-    hidden_dims = [10 * mask.numel()] if hidden_dims is None else hidden_dims
-    conditioner = MLP(num_kept, mask.numel() - num_kept, hidden_dims, **network)
+    mask, conditioner, options = _plan(input_dim, hidden_dims, split_dim, dim, kwargs)
     return AffineCoupling(mask, conditioner, **options)
 
 
@@ -253,17 +251,19 @@ def conditional_affine_coupling(
     >>> conditional_affine_coupling(4, 2).condition(torch.zeros(7, 2))(torch.zeros(4)).shape
     torch.Size([7, 4])
     """
-    mask, options, network = _plan(input_dim, split_dim, dim, kwargs)
-    num_kept = int(mask.sum())
-    hidden_dims = [10 * mask.numel()] if hidden_dims is None else hidden_dims
-    conditioner = MLP(num_kept, mask.numel() - num_kept, hidden_dims, context_dim=context_dim, **network)
+    kwargs["context_dim"] = context_dim
+    mask, conditioner, options = _plan(input_dim, hidden_dims, split_dim, dim, kwargs)
     return ConditionalAffineCoupling(mask, conditioner, **options)
 
 
 def _plan(
-    input_dim: int | Sequence[int], split_dim: int | None, dim: int, kwargs: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any], dict[str, Any]]:
-    """Mask, options of the layer, options of its network."""
+    input_dim: int | Sequence[int],
+    hidden_dims: Sequence[int] | None,
+    split_dim: int | None,
+    dim: int,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, MLP, dict[str, Any]]:
+    """Mask, network, and options of the layer."""
     event_shape = Size([input_dim] if isinstance(input_dim, int) else input_dim)
     if dim >= 0 or len(event_shape) != -dim:
         raise ValueError(
@@ -282,4 +282,6 @@ def _plan(
     if "log_scale_min_clip" in kwargs or "log_scale_max_clip" in kwargs:
         lower, upper = kwargs.pop("log_scale_min_clip", -5.0), kwargs.pop("log_scale_max_clip", 3.0)
         options["scale"] = AtanScale(lower=-lower, upper=upper)
-    return mask, options, kwargs
+    hidden_dims = [10 * mask.numel()] if hidden_dims is None else hidden_dims
+    num_kept = int(mask.sum())
+    return mask, MLP(num_kept, mask.numel() - num_kept, hidden_dims, **kwargs), options

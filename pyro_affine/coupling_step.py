@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_affine.coupling import AffineCoupling
-from pyro_affine.network_step import ONE, Link, bend_of, links_of, run_network
+from pyro_affine.network_step import Link, bend_of, links_of, number, run_network
 from pyro_affine.steps import Made, Rows, Wanted
 
 _ELEMENTWISE_SCALES = "pyro_affine.scales"  # the file whose scale maps are all elementwise
@@ -17,7 +17,7 @@ _INPUT_ALONE = Wanted(input=True, tensors=False)
 
 
 def coupling_step(layer: AffineCoupling) -> CouplingStep | None:
-    """None for a coupling whose network, or scale map, has no derivative written by hand.
+    """None for a coupling whose network, or scale map, has no derivative written by hand, or whose sizes do not fit.
 
     >>> from pyro_affine.conditioners import MLP
     >>> coupling_step(AffineCoupling(torch.tensor([True, False]), MLP(1, 1))).cut
@@ -28,7 +28,9 @@ def coupling_step(layer: AffineCoupling) -> CouplingStep | None:
     links = None if conditioner is None else links_of(conditioner)
     if links is None or type(scale).__module__ != _ELEMENTWISE_SCALES:
         return None
-    return CouplingStep(layer, links)
+    network: Any = getattr(conditioner, "conditioner", conditioner)  # within BoundedInput
+    fits = (network.input_dim, network.output_dim) == (layer.partition.num_kept, layer.partition.num_moved)
+    return CouplingStep(layer, links) if fits else None
 
 
 class CouplingStep:
@@ -36,6 +38,7 @@ class CouplingStep:
 
     def __init__(self, layer: AffineCoupling, links: list[Link]) -> None:
         self.partition, self.links, self.bend = layer.partition, links, bend_of(layer.scale)
+        self.slots = [(link.parameters, name) for link in links for name in ("weight", "bias")]
 
     @property
     def cut(self) -> int | None:
@@ -43,48 +46,55 @@ class CouplingStep:
         return partition.num_moved if partition.kept_last else partition.num_kept if partition.kept_first else None
 
     def tensors(self) -> list[Tensor]:
-        holders = [link.parameters for link in self.links]
-        return [tensor for holder in holders for tensor in (holder["weight"], holder["bias"])]
+        return [holder[name] for holder, name in self.slots]
 
     def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         kept, moved = self._split(x)
         both, pull_network = run_network(self.links, tensors, kept, record=record)
         shift, raw = both.split_with_sizes((self.partition.num_moved,) * 2, -1)
-        log_scale, pull_raw = self.bend(raw)
+        log_scale, known = self.bend.run(raw)
         scale = log_scale.exp()
+        y = self._merge(kept, torch.addcmul(shift, moved, scale))
+        if not record:
+            return Made(y, log_scale)
 
         def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
             grad_kept, grad = self._split(grad)
             through = grad * scale
             of_scale = through * moved if grad_log_det is None else torch.addcmul(grad_log_det, through, moved)
-            grad_kept, own = pull_network(torch.cat((grad, pull_raw(of_scale)), -1), grad_kept, wanted)
+            of_raw = self.bend.pull(of_scale, known)
+            grad_kept, own = pull_network(torch.cat((grad, of_raw), -1), grad_kept, wanted)
             return self._merge(grad_kept, through), own
 
         def push(score: Any) -> Rows:
             score_kept, score = self._split(score)
             of_shift = score / scale
-            of_raw = pull_raw(torch.addcmul(ONE, moved, score))
+            of_raw = self.bend.pull(torch.addcmul(number(1.0, moved.dtype, moved.device), moved, score), known)
             score_kept, _ = pull_network(torch.cat((of_shift, of_raw), -1), score_kept, _INPUT_ALONE, sign=-1)
             return self._merge(score_kept, of_shift)
 
-        return Made(self._merge(kept, torch.addcmul(shift, moved, scale)), log_scale, pull, push)
+        return Made(y, log_scale, pull, push)
 
     def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         kept, moved = self._split(y)
         both, pull_network = run_network(self.links, tensors, kept, record=record)
         shift, raw = both.split_with_sizes((self.partition.num_moved,) * 2, -1)
-        log_scale, pull_raw = self.bend(raw)
+        log_scale, known = self.bend.run(raw)
         scale = log_scale.exp()
         moved = torch.sub(moved, shift).div_(scale)
+        x = self._merge(kept, moved)
+        if not record:
+            return Made(x, log_scale)
 
         def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
             grad_kept, grad = self._split(grad)
             through = grad / scale
             of_scale = -grad * moved if grad_log_det is None else torch.addcmul(grad_log_det, grad, moved, value=-1)
-            grad_kept, own = pull_network(torch.cat((-through, pull_raw(of_scale)), -1), grad_kept, wanted)
+            of_raw = self.bend.pull(of_scale, known)
+            grad_kept, own = pull_network(torch.cat((-through, of_raw), -1), grad_kept, wanted)
             return self._merge(grad_kept, through), own
 
-        return Made(self._merge(kept, moved), log_scale, pull)
+        return Made(x, log_scale, pull)
 
     def _split(self, rows: Any) -> Any:
         """Kept and moved entries."""

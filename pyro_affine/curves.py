@@ -74,7 +74,8 @@ class Curves(FlowTransform):
         """Fit each curve to the quantiles of its entry. Data shape: (N,) + event_shape, N >= 2.
 
         An entry whose curve, fitted to one half of the rows, scores no better on the other half than a normal does gets
-        a straight line: a short table can not tell more.
+        a straight line: a short table cannot tell more. So does an entry whose knots its dtype cannot tell apart, such
+        as counts with 999999999 for missing ones.
 
         Returns:
             How many entries got a curve.
@@ -90,6 +91,11 @@ class Curves(FlowTransform):
             self.log_reach.fill_(_LOG_REACH)
         return num_curved
 
+    @property
+    def is_new(self) -> bool:
+        """Whether neither ``fit`` nor training has changed it."""
+        return not self.log_slopes.any()
+
     def _fitted(self, rows: Tensor) -> tuple[list[Tensor], int]:
         """What ``_columns`` of these entries are to be, and how many got a curve. Shape: (N, D)."""
         some, num_knots = rows[:_ROWS_TRIED], self.knots.shape[-1]
@@ -97,6 +103,7 @@ class Curves(FlowTransform):
         curved = sum(map(self._gain, *pairs)) > 0 if len(rows) > 9 else torch.tensor(False)
         which = torch.as_tensor(curved, device=rows.device).expand(rows.shape[-1])[:, None]
         curves, lines = _place(rows.T.sort(-1).values, num_knots), _line(rows, num_knots)
+        which = which & (curves[0].to(self.knots.dtype).diff() > 0).all(-1, keepdim=True)  # each bin has a width
         return [torch.where(which, curve, line) for curve, line in zip(curves, lines, strict=True)], int(which.sum())
 
     def _gain(self, rows: Tensor, others: Tensor) -> Tensor:

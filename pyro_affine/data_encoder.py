@@ -10,6 +10,7 @@ from torch import Size, Tensor, nn
 _LIMIT = 5.0  # standard deviations within which the data pass unchanged
 _LEAST_DEVIATION = 1e-5  # of the context: below is rounding of what is constant
 _STATISTICS_ROWS = 20_000  # quantiles to a percent of a standard deviation
+_ENTRIES_AT_ONCE = 2**20  # of packed data, through a summary network, which holds a few dozen numbers for each
 
 
 class DataEncoder(nn.Module):
@@ -64,11 +65,17 @@ class DataEncoder(nn.Module):
         with torch.no_grad():
             contexts = self._contexts(torch.zeros(2, self.width))
         self.train()
+        _require_vectors({name: made for name, (_, made) in zip(self.shapes, contexts, strict=True)})
         self.context_dim = sum(fixed.shape[-1] + trained.shape[-1] for fixed, trained in contexts)
         flags = [torch.tensor([True] * f.shape[-1] + [False] * t.shape[-1]) for f, t in contexts]
         self.register_buffer("is_fixed", torch.cat(flags))
         self.register_buffer("context_loc", torch.zeros(self.context_dim))
         self.register_buffer("context_scale", torch.ones(self.context_dim))
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many data sets go through the summaries together where there are many, so that memory stays small."""
+        return max(1, _ENTRIES_AT_ONCE // self.width)
 
     def is_set(self, name: str) -> bool:
         """Whether rows of a site may be missing."""
@@ -111,7 +118,8 @@ class DataEncoder(nn.Module):
             self.loc[start : start + size] = loc.to(self.loc)
             self.scale[start : start + size] = scale.to(self.scale)
             start += self._width(name)
-        context = self._raw_context(packed[:_STATISTICS_ROWS])
+        some = packed[:_STATISTICS_ROWS].split(self.rows_at_once)
+        context = torch.cat([self._raw_context(rows) for rows in some])
         deviation = context.std(0)
         self.context_loc.copy_(context.mean(0))
         self.context_scale.copy_(torch.where(deviation > _LEAST_DEVIATION, deviation, 1.0))
@@ -167,6 +175,17 @@ class DataEncoder(nn.Module):
         return torch.cat([*moments, number.log1p()], -1), summary(rows, kept.squeeze(-1))
 
 
+def _require_vectors(summaries: Mapping[str, Tensor]) -> None:
+    """Refuse what a summary makes of two data sets, unless it is a vector for each."""
+    for name, made in summaries.items():
+        if not isinstance(made, Tensor) or made.dim() != 2 or len(made) != 2:
+            got = f"shape {tuple(made.shape)}" if isinstance(made, Tensor) else type(made).__name__
+            raise ValueError(
+                f"a summary must give a vector for each data set, got {got} for two data sets at site '{name}'; end it "
+                "with nn.Flatten(), or with a mean over rows"
+            )
+
+
 def _pack_rows(value: Tensor, shape: Size) -> Tensor:
     """Rows, filled up to the full number, and the mask of those that are there."""
     batch = value.shape[: value.dim() - len(shape)]
@@ -179,7 +198,7 @@ def _pack_rows(value: Tensor, shape: Size) -> Tensor:
 
 def _centre_and_width(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Median, and half the width of the central 68 %; where that is 0 the standard deviation, or 1."""
-    lower, centre, upper = rows.quantile(torch.tensor([0.16, 0.5, 0.84], dtype=rows.dtype), dim=0)
+    lower, centre, upper = rows.quantile(rows.new_tensor([0.16, 0.5, 0.84]), dim=0)
     width, deviation = (upper - lower) / 2, rows.std(0)
     width = torch.where(width > 0, width, deviation)
     return centre, torch.where(width > 0, width, 1.0)

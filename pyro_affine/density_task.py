@@ -5,38 +5,23 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyro_affine.actnorm import initialize_actnorms
-from pyro_affine.batches import Rows
+from pyro_affine.batches import Batches, Rows
 from pyro_affine.compiled import Compile, CompiledFunction
 from pyro_affine.distributed import ALONE, Processes
+from pyro_affine.fit_result import FitResult
 from pyro_affine.random_state import seeded
+from pyro_affine.stopping import mean_and_error
+from pyro_affine.trained_weights import Weights
 from pyro_affine.weight_decay import raise_decay
 
 _CHUNK, _CHUNK_ENTRIES = 4096, 2**20  # rows, and numbers in them, scored at once, without gradients
 _SAMPLE = 10_000  # training rows that the weights to keep are chosen by where no rows are held out
-
-
-class Batches(Protocol):
-    """Where minibatches come from: ``RowBatches`` or ``LoaderBatches``."""
-
-    per_epoch: int | None
-
-    def next(self) -> Rows:
-        """The next minibatch."""
-
-    def first(self, limit: int) -> Rows:
-        """Up to ``limit`` rows."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
 
 
 class DensityTask:
@@ -73,6 +58,7 @@ class DensityTask:
         self.processes, self.weight, self._num_prepared = processes, 0.0, 0
         self.optimizer: torch.optim.Optimizer | None = None
         self.decays: list[float] = []
+        self.start: dict[str, Any] = {}
         self._has_all: bool | None = None  # whether batches have the rows of all processes
         self._loss: Callable[..., Tensor] = self._mean_loss
         if compile:
@@ -117,7 +103,7 @@ class DensityTask:
         return None if self.processes.size == 1 else ((self.arguments.get("seed") or 0) + number) % 2**63
 
     def grow(self) -> bool:
-        """Hold the weights of networks nearer to zero, since they learn rows by heart; False if near enough."""
+        """Hold the weights of networks nearer to zero, since they overfit; False if near enough."""
         return self.optimizer is not None and raise_decay(self.optimizer, self.decays)
 
     def scores(self) -> Tensor | None:
@@ -127,6 +113,26 @@ class DensityTask:
     def final_scores(self) -> Tensor:
         """Log-densities of the held-out rows, or of some training rows where there are none."""
         return self._score(self._sample)
+
+    def mark_start(self, weights: Weights, *, is_new: bool) -> None:
+        """Keep the weights and scores from before the first step; a fit that is resumed gets those of its first call.
+
+        Args:
+            weights: what is trained.
+            is_new: whether the flow got its units for this fit.
+        """
+        self.start = {"weights": weights.copy(), "scores": self.final_scores(), "is_new": is_new}
+
+    def keeps_start(self, fit: FitResult, weights: Weights) -> bool:
+        """Go back to the start, and say so, if scores are within a standard error of those of then, or below."""
+        before = self.start["scores"]
+        mean, error = mean_and_error(self.final_scores() - before)
+        if mean > error or not before.isfinite().all():
+            return False
+        weights.restore(self.start["weights"])
+        fit.chosen, fit.num_unscored = "start", 0
+        fit.best, fit.best_error = mean_and_error(before)
+        return True
 
     def _score(self, rows: Rows) -> Tensor:
         """Log-densities of the rows, each computed by one of the processes."""
@@ -168,13 +174,14 @@ class DensityTask:
         return f"{loss:.4g} nats" if bits is None else f"{bits:.3f} bits/dim"
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the data."""
-        return {**self.batches.state_dict(), "num_prepared": self._num_prepared}
+        """The position in the data, and the start."""
+        return {**self.batches.state_dict(), "num_prepared": self._num_prepared, "start": self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.batches.load_state_dict(state)
         self._num_prepared = state["num_prepared"]
+        self.start = state.get("start", self.start)  # which files from before do not have
 
 
 def _digest(values: Tensor) -> bytes:

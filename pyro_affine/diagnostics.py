@@ -50,7 +50,7 @@ def draw_posterior(
         that the model refuses.
 
     Raises:
-        ValueError: if ``num_draws`` is below 1, if the guide is a point estimate or can not be drawn from,
+        ValueError: if ``num_draws`` is below 1, if the guide is a point estimate or cannot be drawn from,
             if a latent site lies in a plate that subsamples, or if model and guide differ in their latent
             sites.
 

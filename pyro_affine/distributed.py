@@ -28,7 +28,7 @@ _meetings = itertools.count()  # alike in all processes, as they make the same c
 
 
 class LostProcessError(RuntimeError):
-    """Another process of the fit has ended, so this one can not go on; the message says which, and why."""
+    """Another process of the fit has ended, so this one cannot go on; the message says which, and why."""
 
 
 class Processes:

@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro.distributions as dist
-import torch
 from pyro.infer.autoguide import AutoContinuous, AutoNormal
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_affine.replay import Replay
-from pyro_affine.traces import LOG_PROB, Lanes, Rows, Site, is_deterministic, read_log_prob, sample_sites, value_reader
+from pyro_affine.traces import (
+    LOG_PROB,
+    Lanes,
+    Rows,
+    Site,
+    is_delta,
+    is_deterministic,
+    is_random_subsample,
+    read_log_prob,
+    require_whole_plates,
+    sample_sites,
+    value_reader,
+)
 
 __all__ = ["draw_guide", "replay_model"]
 
@@ -40,7 +49,7 @@ def draw_guide(
         Jacobian of the constraints, float64, shape (num_draws,).
 
     Raises:
-        ValueError: if ``num_draws`` is below 1, if the guide is a point estimate, if it can not be drawn
+        ValueError: if ``num_draws`` is below 1, if the guide is a point estimate, if it cannot be drawn
             from, or if it has a latent site in a plate that subsamples.
     """
     if num_draws < 1:
@@ -116,14 +125,8 @@ def _primitive_sites(trace: Any) -> dict[str, Site]:
     return {
         name: site
         for name, site in sample_sites(trace).items()
-        if not site["is_observed"] and not is_deterministic(site) and not _is_delta(site["fn"])
+        if not site["is_observed"] and not is_deterministic(site) and not is_delta(site["fn"])
     }
-
-
-def _is_delta(fn: Any) -> bool:
-    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution)):
-        fn = fn.base_dist
-    return isinstance(fn, dist.Delta)
 
 
 def _check_sites(latent: dict[str, Site], primitive: dict[str, Site]) -> None:
@@ -132,21 +135,13 @@ def _check_sites(latent: dict[str, Site], primitive: dict[str, Site]) -> None:
             "the guide must have a density, got a point estimate (all sites are Delta); use a guide such as "
             "AutoMultivariateNormal, or laplace_approximation() of an AutoLaplaceApproximation"
         )
-    for name, site in latent.items():
-        for frame in site["cond_indep_stack"]:
-            if frame.full_size is not None and frame.size < frame.full_size:
-                raise ValueError(
-                    f"latent sites must hold all of their plate, got {frame.size} of {frame.full_size} of "
-                    f"plate {frame.name!r} at site {name!r}; build and call the guide with the whole data"
-                )
+    require_whole_plates({name: site["cond_indep_stack"] for name, site in latent.items()})
 
 
 def _refuse_random_subsample(prototype: Any) -> None:
     for name, site in prototype.nodes.items():
-        if site["type"] != "sample" or not site_is_subsample(site) or site["is_observed"]:
-            continue
-        size, full_size = site["fn"].subsample_size, site["fn"].size
-        if size is not None and size < full_size:
+        if is_random_subsample(site):
+            size, full_size = site["fn"].subsample_size, site["fn"].size
             raise ValueError(
                 f"the density must not change between calls, got plate {name!r} which subsamples {size} of "
                 f"{full_size} at random; call with the whole data, or fix the plate with subsample="

@@ -82,7 +82,7 @@ def to_arviz(
 
     Raises:
         ValueError: as ``psis`` does; if ``dims`` names a site that the model has not; if more draws are
-            asked for than a ``PSISResult`` has, without ``resample``; or if the prior can not be drawn from.
+            asked for than a ``PSISResult`` has, without ``resample``; or if the prior cannot be drawn from.
 
     >>> import pyro, pyro.distributions as dist
     >>> from pyro.infer.autoguide import AutoMultivariateNormal

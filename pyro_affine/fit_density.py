@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,16 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.nn.modules.dropout import _DropoutNd
 
-from pyro_affine.batches import LoaderBatches, RowBatches, RowCheck, Rows
+from pyro_affine.batches import Batches, RowCheck
 from pyro_affine.compiled import Compile
-from pyro_affine.density_task import Batches, DensityTask, initialize_layers
+from pyro_affine.density_data import split
+from pyro_affine.density_task import DensityTask, initialize_layers
 from pyro_affine.distributed import joined
 from pyro_affine.fit_result import FitResult
-from pyro_affine.random_state import new_seed, seeded
-from pyro_affine.stopping import Budget, Patience, mean_and_error
-from pyro_affine.stored_batches import sample_stored, split_stored
+from pyro_affine.memory import innermost
+from pyro_affine.random_state import seeded
+from pyro_affine.stopping import Budget, Patience
 from pyro_affine.stored_rows import StoredRows, is_stored
 from pyro_affine.task import LoopOptions, OptimizerFactory, make_optimizer
 from pyro_affine.trained_weights import Weights
@@ -63,21 +63,24 @@ def fit_density(
 ) -> FitResult:
     """Fit a flow to data by maximising the mean log-density of minibatches.
 
-    Part of the rows is held out and scored after each epoch (of 20 steps at least) or tenth of the budget, under the
-    moving average of the weights. When ``patience`` such scores in a row bring no new best, the fit goes back to the
-    best weights. The first two times it goes on with a higher weight decay, which keeps networks from learning short
-    tables by heart; after that it lets the learning rate fall to zero by a cosine, as it does at the latest over the
-    last part of its budget; when patience runs out again past the middle of that part, it ends. The averaged, last or
-    best weights are kept, whichever score best on the held-out rows, or those from before the first step, which make a
-    new flow the Gaussian copula of the data, if training improved on that by less than a standard error. Gradients are
-    clipped at twice the running median of their norms; steps above ten times it, or not finite, are left out.
+    Part of the rows is held out and scored, under the moving average of the weights, after each epoch (of 20 steps
+    at least) or tenth of a budget in steps; with ``seconds`` alone after each epoch, however long. When ``patience``
+    such scores in a row bring no new best, the fit goes back to the best weights. The first two times it goes on
+    with a higher weight decay, which keeps networks from overfitting short tables; after that it lets the learning
+    rate fall to zero by a cosine, as it does at the latest over the last part of its budget; when patience runs out
+    again past the middle of that part, it ends. The averaged, last or best weights are kept, whichever score best
+    on the held-out rows, or those from before the first step, which make a new flow the Gaussian copula of the data,
+    if training improved on that by less than a standard error. Gradients are clipped at twice the running median of
+    their norms; steps above ten times it, or not finite, are left out.
 
     Training mode, and with it dropout, is on for steps and off for scores. A flow with dropout is handed back in
     evaluation mode, any other in the mode from before.
 
     Before the first step the flow stores the units of the data, if it has a method ``fit_units(rows)`` or
-    ``standardize(rows)``; log-densities stay those of the data as given. Layers with a method ``initialize(rows)``
-    and a flag ``initialized`` that is not set get the first 512 rows as they arrive at their data side.
+    ``standardize(rows)``; log-densities stay those of the data as given. A flow that has units already keeps them,
+    since what is trained holds in these alone: a second call, also after ``save`` and ``load``, goes on from the
+    weights and units of the first. For other data make a new flow. Layers with a method ``initialize(rows)`` and a
+    flag ``initialized`` that is not set get the first 512 rows as they arrive at their data side.
 
     Ctrl-C ends the fit and keeps what was trained. With ``checkpoint``, a fit that was stopped in any way goes on
     when the same call is made again; on a CPU, with a budget in steps, to the same weights bit for bit.
@@ -107,10 +110,10 @@ def fit_density(
         optimizer: called with (groups of parameters, lr=...); the weight decay is part of the groups.
         warmup: number of steps over which the learning rate rises; at most a tenth of ``num_steps``.
         decay: share of the fit over which it falls.
-        standardize: whether the flow stores the units of the data; not repeated when its flag ``standardized`` is set.
+        standardize: whether the flow stores the units of the data, unless its flag ``standardized`` says it has some.
         compile: True compiles the loss of a step by ``torch.compile``, with the same weights in the end up to
             rounding; also a mode such as "max-autotune", or a dict of arguments. It takes a minute, see
-            docs/compile.md; where it can not be done, a warning says so.
+            docs/compile.md; where it cannot be done, a warning says so.
         seed: makes the fit reproducible; torch's random state is put back after it.
         progress: whether to show a bar, in a terminal or a notebook.
         checkpoint: file that the fit is saved to, and resumed from if it is there.
@@ -134,20 +137,20 @@ def fit_density(
     'num_steps'
     """
     with joined() as processes, seeded(processes.seed(seed)), _in_training(flow):
-        batches, held_out = _split(data, context, validation, batch_size=batch_size, seed=seed, check=RowCheck.of(flow))
+        batches, held_out = split(data, context, validation, batch_size=batch_size, seed=seed, check=RowCheck.of(flow))
         steps = _num_steps(num_steps, num_epochs, seconds, per_epoch := processes.from_first(batches.per_epoch))
         budget = Budget(steps, seconds, decay=decay, clock=processes.clock if seconds else None)
-        _prepare_layers(flow, batches, store := standardize and not getattr(flow, "standardized", False))
-        arguments = {"rows": processes.from_first(_shape(data)), "batch_size": batch_size, "seed": seed}
-        arguments |= {"standardize": standardize, "weight_decay": weight_decay, "average": average}
+        _prepare_layers(flow, batches, is_new := standardize and not getattr(flow, "standardized", False))
+        arguments = {"rows": processes.from_first(_shape(data)), "batch_size": batch_size, "standardize": standardize}
+        arguments |= {"seed": seed, "weight_decay": weight_decay, "average": average, "learning_rate": learning_rate}
         task = DensityTask(flow, batches, held_out, arguments=arguments, processes=processes, compile=compile)
         weights = processes.align(Weights(task.parameters(), {"": flow}))
         made = _make_optimizer(task, weights, optimizer, learning_rate, weight_decay, per_epoch)
         options = LoopOptions(warmup, _interval(per_epoch or 0, steps), checkpoint, every, progress, average)
-        start = weights.copy(), task.final_scores()
+        task.mark_start(weights, is_new=is_new)
         fit = TrainingLoop(task, weights, made, budget=budget, rule=Patience(patience), options=options).run()
-        if _keeps_start(fit, task, weights, *start):
-            _prepare_again(flow, data, store)
+        if task.keeps_start(fit, weights) and task.start["is_new"]:
+            _prepare_again(flow, data)
         return _finished(fit, task, weights)
 
 
@@ -180,17 +183,6 @@ def _finished(fit: FitResult, task: DensityTask, weights: Weights) -> FitResult:
     return fit
 
 
-def _keeps_start(fit: FitResult, task: DensityTask, weights: Weights, start: dict[str, Tensor], before: Tensor) -> bool:
-    """Go back to the start if scores are within a standard error of those before the first step, or below."""
-    mean, error = mean_and_error(task.final_scores() - before)
-    if mean > error or not before.isfinite().all():
-        return False
-    weights.restore(start)
-    fit.chosen, fit.num_unscored = "start", 0
-    fit.best, fit.best_error = mean_and_error(before)
-    return True
-
-
 @contextmanager
 def _in_training(flow: nn.Module) -> Iterator[None]:
     """Training mode for a block, then the mode from before; but evaluation mode where there is dropout."""
@@ -202,67 +194,27 @@ def _in_training(flow: nn.Module) -> Iterator[None]:
         flow.train(before)
 
 
-def _split(
-    data: Any, context: Any, validation: Any, *, batch_size: int, seed: int | None, check: RowCheck
-) -> tuple[Batches, Rows | None]:
-    """Batches to train on, and the rows held out."""
-    share = validation if isinstance(validation, float | int) else 0.0
-    held_out = None if validation is None or isinstance(validation, float | int) else _rows(validation, check)
-    if not 0 <= share < 1:
-        raise ValueError(f"validation must be a share in [0, 1), rows, or None, got {share}; 0.1 holds out a tenth")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if is_stored(data):
-        call: dict[str, Any] = {"batch_size": batch_size, "seed": seed or 0, "order": new_seed(), "check": check}
-        batches, own = split_stored(data, context, share, **call)
-        return batches, held_out if own is None else own
-    if not isinstance(data, Tensor | np.ndarray):
-        _check_loader_options(context, share)
-        return LoaderBatches(data, check), held_out
-    rows = check(data, context)
-    index, num_held_out = _shuffled(len(rows.value), seed or 0), math.ceil(share * len(rows.value))
-    if len(index) - num_held_out < 2 or num_held_out == 1:
-        raise ValueError(f"data must have 2 rows to train on and 2 to hold out, if any, got {len(index)} in all")
-    held_out = rows[index[:num_held_out]] if num_held_out else held_out
-    return RowBatches(rows, index[num_held_out:], batch_size=batch_size, seed=new_seed()), held_out
+def _prepare_layers(flow: nn.Module, batches: Batches, is_new: bool) -> None:
+    if is_new:
+        _store_units(flow, batches.first(_STATISTICS_ROWS).value)
+    rows = batches.first(_INITIAL_ROWS).to(_device(flow))
+    _require_support(flow, rows.value)
+    initialize_layers(flow, rows)
 
 
-def _check_loader_options(context: Any, share: float) -> None:
-    if context is not None:
-        raise ValueError("a loader must yield pairs of values and contexts; context= is for rows in memory")
-    if share:
-        warnings.warn(
-            "a share of a loader can not be held out, so there is no patience and no choice of the best weights; pass "
-            "validation=rows or another loader, or validation=None to say that none are wanted",
-            stacklevel=4,
+def _require_support(flow: nn.Module, values: Tensor) -> None:
+    """Where each entry has bounds of its own; other supports, such as a simplex, hold only up to rounding."""
+    support = innermost(getattr(getattr(flow, "chain", None), "codomain", constraints.real))
+    if support.event_dim == 0 and not support.check(values).all():
+        raise ValueError(
+            f"data must lie in the support of the flow, {support}, got values from {values.min():g} to "
+            f"{values.max():g}; scale them (bytes of images: dequantize), or leave out the last part of the flow"
         )
 
 
-def _shuffled(num_rows: int, seed: int) -> Tensor:
-    """Always the same order for a seed, so that a resumed fit holds out the same rows."""
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
-
-
-def _rows(validation: Any, check: RowCheck) -> Rows:
-    rows, context = validation if isinstance(validation, tuple) else (validation, None)
-    if is_stored(rows):
-        return sample_stored(rows, context, check)
-    if isinstance(validation, tuple):
-        return check(*validation, name="validation")
-    if isinstance(validation, Tensor | np.ndarray):
-        return check(validation, name="validation")
-    return LoaderBatches(validation, check).first(sys.maxsize)
-
-
-def _prepare_layers(flow: nn.Module, batches: Batches, store: bool) -> None:
-    if store:
-        _store_units(flow, batches.first(_STATISTICS_ROWS).value)
-    initialize_layers(flow, batches.first(_INITIAL_ROWS).to(_device(flow)))
-
-
-def _prepare_again(flow: nn.Module, data: Any, store: bool) -> None:
+def _prepare_again(flow: nn.Module, data: Any) -> None:
     """From all rows, as none need be held out where nothing was trained."""
-    if store and isinstance(data, Tensor | np.ndarray) and not is_stored(data):
+    if isinstance(data, Tensor | np.ndarray) and not is_stored(data):
         _store_units(flow, torch.as_tensor(data))
 
 

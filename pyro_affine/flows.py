@@ -110,8 +110,9 @@ def conditional_real_nvp(
 ) -> ConditionalComposeFlow:
     """RealNVP whose conditioners also read a context; ``condition(context)`` gives the flow at that context.
 
-    For events of one entry: a spline, then a shift and scale that depend on the context alone. The networks are plain
-    ones, ``MLP``, for events of any shape; for images with convolutions there is ``conditional_glow``.
+    For events of one entry: splines, one for each four layers, between affine maps that depend on the context alone;
+    where they move and stretch what a spline bends, the shape depends on the context too. The networks are plain ones,
+    ``MLP``, for events of any shape; for images with convolutions there is ``conditional_glow``.
 
     Args:
         context_dim: size of the context.
@@ -132,8 +133,11 @@ def conditional_real_nvp(
         return ConditionalAffineCoupling(mask, network, scale_map, event_shape=shape)
 
     if shape.numel() == 1:
-        alone = coupling(torch.zeros(shape, dtype=torch.bool), 0, 1)
-        return ConditionalComposeFlow([*_spline(shape), alone], guard=guard)
+        moves_it = torch.zeros(shape, dtype=torch.bool)
+        parts: list[Any] = [coupling(moves_it, 0, 1)]
+        for _ in range(max(num_layers // 4, 1)):
+            parts += [*_spline(shape), coupling(moves_it, 0, 1)]
+        return ConditionalComposeFlow(parts, guard=guard)
     flow = ConditionalComposeFlow(_alternate(coupling, shape, num_layers, seed), guard=guard)
     require_all_moved(flow.condition(torch.zeros(context_dim)), shape)
     return flow
@@ -163,7 +167,8 @@ def _alternate(
         parts.append(coupling(mask, num_kept, size - num_kept))
         mask = ~mask
         if index % 2 == 1 and size > 2 and index + 1 < num_layers:
-            parts.append(Permutation(torch.randperm(size, generator=generator), shape))
+            order = torch.randperm(size, generator=generator, device="cpu")  # where the generator is
+            parts.append(Permutation(order.to(mask.device), shape))
     return parts
 
 

@@ -2,7 +2,7 @@
 
 For small batches most of the time of a flow goes into the bookkeeping of autograd and of Modules, layer by layer. A run
 takes the steps of its layers, formulas on plain tensors, and carries the two halves of the rows apart as long as the
-layers cut them alike. It gives the same as the layers themselves, which are asked where a pass can not know the answer:
+layers cut them alike. It gives the same as the layers themselves, which are asked where a pass cannot know the answer:
 for second derivatives. Chains use it, and ``push_score`` in ``gradients``.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,14 +18,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.hooks import RemovableHandle
 
+from pyro_affine.correlations import Correlations
 from pyro_affine.coupling import AffineCoupling
 from pyro_affine.coupling_step import coupling_step
 from pyro_affine.layer_steps import PermutationStep, StandardizationStep, TailStep, TriangularStep, WhiteningStep
 from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
-from pyro_affine.steps import Step, Wanted, hooks_of
+from pyro_affine.steps import Step, Wanted
 from pyro_affine.tails import LOFT
 from pyro_affine.transform import FlowTransform
-from pyro_affine.whitening import Whitening
+from pyro_affine.whitening import DiagonalWhitening, Whitening
 
 _STEPS: dict[type, Callable[[Any], Any]] = {
     AffineCoupling: coupling_step,
@@ -32,7 +34,9 @@ _STEPS: dict[type, Callable[[Any], Any]] = {
     LOFT: TailStep,
     LowerTriangularAffine: TriangularStep,
     Standardization: StandardizationStep,
+    DiagonalWhitening: StandardizationStep,
     Whitening: WhiteningStep,
+    Correlations: WhiteningStep,
 }
 
 
@@ -44,13 +48,9 @@ def step_of(layer: FlowTransform) -> Step | None:
     """
     if type(layer) not in _STEPS or layer.guard or len(layer.event_shape or ()) != 1:
         return None
-    if layer.__dict__.get("context") is not None:
+    if layer.__dict__.get("context") is not None or any(_hooks([*layer.modules()])):
         return None
-    known = layer.__dict__.get("_step")
-    if known is None or not known[0].holds():
-        sketch = Sketch([layer])
-        known = layer.__dict__["_step"] = (sketch, None if sketch.is_hooked() else _STEPS[type(layer)](layer))
-    step: Step | None = known[1]
+    step: Step | None = _STEPS[type(layer)](layer)
     return step
 
 
@@ -58,43 +58,47 @@ def can_fuse(x: Tensor) -> bool:
     """Whether a hand-written pass may run: on plain tensors, with nothing that must see each operation."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter) or x.is_meta:
         return False
-    watched = torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
+    watched = (
+        torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None  # of checkpoints, for one
+        or nn.modules.module._has_any_global_hook()
+    )
     return not (watched or forward_ad._current_level >= 0 or torch.is_autocast_enabled(x.device.type))
 
 
 class Sketch:
-    """What modules there are below some layers, to notice one that was exchanged, parametrised or given a hook."""
+    """What modules there are below one, to notice one that was exchanged, parametrised or given a hook."""
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
-        modules = [module for layer in layers for module in layer.modules()]
+    def __init__(self, root: nn.Module) -> None:
+        _, *modules = root.modules()  # to hold the root itself would be a circle
         self.owners = [module for module in modules if module._parameters]  # to parametrise one changes its type
         self.types = [*map(type, self.owners)]
-        self.tables = [module._modules for module in modules if module._modules]
-        self.children = self._children()
-        self.hooks = [table for module in modules for table in hooks_of(module)]
+        self.tables = [module._modules for module in (root, *modules) if module._modules]
+        self.children = [*map(dict, self.tables)]
+        self.hooks = _hooks(modules)
+        self.hooked, self._num_handles = [*map(bool, self.hooks)], -1
         self.flows = [module for module in modules if isinstance(module, FlowTransform)]
         self.chains: list[Any] = [flow for flow in self.flows if hasattr(flow, "memory")]
-        self.options, self._num_handles = self._options(), -1
-
-    def is_hooked(self) -> bool:
-        """Whether one of them has a hook, which only a call of it would run."""
-        if self._num_handles == RemovableHandle.next_id:  # no hook of any module was registered since it was asked last
-            return False
-        hooked = any(self.hooks)
-        self._num_handles = -1 if hooked else RemovableHandle.next_id
-        return hooked
+        self.options = self._options()
 
     def holds(self) -> bool:
-        """Whether all is as it was, without hooks."""
-        if self.is_hooked() or [*map(type, self.owners)] != self.types:
-            return False
-        return self._children() == self.children and self._options() == self.options
-
-    def _children(self) -> list[Any]:
-        return [*chain.from_iterable(map(dict.values, self.tables))]
+        """Whether all is as it was."""
+        if self._num_handles != RemovableHandle.next_id:  # else no hook came, and there was none that may be gone
+            if [*map(bool, self.hooks)] != self.hooked:
+                return False
+            self._num_handles = -1 if any(self.hooked) else RemovableHandle.next_id
+        is_same = self.tables == self.children and [*map(type, self.owners)] == self.types
+        return is_same and self._options() == self.options
 
     def _options(self) -> list[Any]:
-        return [*(flow.guard for flow in self.flows), *(flow.memory for flow in self.chains)]
+        return [*map(attrgetter("guard"), self.flows), *map(attrgetter("memory"), self.chains)]
+
+
+def _hooks(modules: Iterable[nn.Module]) -> list[Any]:
+    """The tables of hooks of modules, which only a call of them would run."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return [getattr(module, name) for module in modules for name in names]
 
 
 def fused_pass(steps: Sequence[Step], x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,12 +146,11 @@ class Plan:
             if has_step and any(isinstance(part, AffineCoupling) for _, part, _ in parts):
                 parts = [(parts[0][0], Run([part for _, part, _ in parts]), parts[0][2])]
             self.entries += parts
-        is_fused = any(isinstance(part, Run) for _, part, _ in self.entries)
-        self.sketch = Sketch([owner]) if is_fused else None
+        self.sketch = Sketch(owner)
 
     def holds(self) -> bool:
-        """Whether it still is right; a plan without a run always is."""
-        return self.sketch is None or self.sketch.holds()
+        """Whether it still is right."""
+        return self.sketch.holds()
 
 
 class Run:
@@ -175,9 +178,10 @@ class Run:
 
 def _apply(steps: Sequence[Step], rows: Tensor, is_forward: bool, score: Tensor | None = None) -> Any:
     tensors = [step.tensors() for step in steps]
-    if not torch.is_grad_enabled():
-        return _advance(steps, tensors, is_forward, rows, score, None)
-    return _Pass.apply(steps, tensors, is_forward, score, rows, *(tensor for own in tensors for tensor in own))
+    inputs = [rows, *chain.from_iterable(tensors)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
+        return _Pass.apply(steps, tensors, is_forward, score, *inputs)
+    return _advance(steps, tensors, is_forward, rows, score, None)
 
 
 def _advance(
@@ -222,7 +226,8 @@ class _Pass(torch.autograd.Function):
         ctx: Any, steps: Any, tensors: Any, is_forward: bool, score: Tensor | None, x: Tensor, *flat: Tensor
     ) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *flat)  # backward then refuses tensors that were changed in between
+        ctx.save_for_backward(x)  # of which autograd sees that it is not changed; to save all takes longer
+        ctx.flat, ctx.versions = flat, [tensor._version for tensor in flat]
         ctx.steps, ctx.is_forward, ctx.pulls = steps, is_forward, []
         y, log_det, score = _advance(steps, tensors, is_forward, x, score, ctx.pulls)
         if score is not None:
@@ -231,7 +236,9 @@ class _Pass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_log_det: Tensor | None, _: Tensor | None) -> Any:
-        x, *flat = ctx.saved_tensors
+        (x,), flat = ctx.saved_tensors, ctx.flat
+        if [tensor._version for tensor in flat] != ctx.versions:
+            raise RuntimeError(_CHANGED)
         if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
             return None, None, None, None, *_differentiated(ctx, x, flat, (grad, grad_log_det))
         pulls, ctx.pulls = ctx.pulls, None  # free as soon as used, as autograd does; a second pass computes them again
@@ -240,29 +247,41 @@ class _Pass(torch.autograd.Function):
         rows: Any = torch.zeros_like(x) if grad is None else grad
         column = None if grad_log_det is None else grad_log_det[:, None]
         at, found = None, list[Sequence[Tensor | None]]()
-        is_trained = any(ctx.needs_input_grad[5:])
-        inner, last = Wanted(True, is_trained), Wanted(ctx.needs_input_grad[4], is_trained)
-        while pulls:
+        has_input, is_trained = ctx.needs_input_grad[4], any(ctx.needs_input_grad[5:])
+        inner, last = Wanted(True, is_trained), Wanted(has_input, is_trained)
+        end = 0 if has_input else next(i for i, (_, _, num_tensors) in enumerate(pulls) if num_tensors)
+        while len(pulls) > end:
             cut, pull, num_tensors = pulls.pop()
             rows, at = rows if cut == at else _cut(rows, cut), cut
-            rows, own = pull(rows, column, inner if pulls else last)
+            rows, own = pull(rows, column, inner if len(pulls) > end else last)
             found.append(own or (None,) * num_tensors)
-        return None, None, None, None, _cut(rows, None), *chain.from_iterable(reversed(found))
+        grad = _cut(rows, None) if has_input else None
+        return None, None, None, None, grad, *chain.from_iterable(reversed(found))
 
 
-def _differentiated(ctx: Any, x: Tensor, flat: list[Tensor], weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+_CHANGED = (
+    "a weight of a fused pass has been modified by an inplace operation since the pass, so that its gradient cannot be "
+    "computed; call backward before the step of an optimiser, or make the graph anew"
+)
+
+
+def _differentiated(
+    ctx: Any, x: Tensor, flat: Sequence[Tensor], weights: Sequence[Tensor | None]
+) -> list[Tensor | None]:
     """Gradients by autograd, through the steps run anew: these can be differentiated again, and mapped over."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         given = [tensor.view_as(tensor) for tensor in (x, *flat)]  # one each, also of a tensor that two layers share
         made = _advance(ctx.steps, _grouped(ctx.steps, given[1:]), ctx.is_forward, given[0], None, None)[:2]
         pairs = [(value, w) for value, w in zip(made, weights, strict=False) if w is not None and value.requires_grad]
+        if not pairs:
+            return [None] * len(given)
         wanted = [tensor for tensor in given if tensor.requires_grad]
         outputs, chosen = zip(*pairs, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, chosen, create_graph=create_graph, allow_unused=True))
     return [next(found) if tensor.requires_grad else None for tensor in given]
 
 
-def _grouped(steps: Sequence[Step], flat: list[Tensor]) -> list[list[Tensor]]:
+def _grouped(steps: Sequence[Step], flat: Sequence[Tensor]) -> list[list[Tensor]]:
     left = iter(flat)
     return [[next(left) for _ in step.tensors()] for step in steps]

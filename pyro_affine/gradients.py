@@ -14,8 +14,8 @@ keep the total gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,9 +25,11 @@ from pyro.distributions.score_parts import ScoreParts
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent
 
+from pyro_affine.cache import Slot
 from pyro_affine.compose import ComposeFlow, _total
 from pyro_affine.coupling import AffineCoupling
-from pyro_affine.fused import Run, fused_pass, open_pass, step_of
+from pyro_affine.fused import Run, can_fuse, fused_pass, open_pass, step_of
+from pyro_affine.memory import holding
 from pyro_affine.normal import normal_log_prob, sum_event
 from pyro_affine.transform import FlowTransform
 
@@ -145,7 +147,7 @@ def push_score(layer: FlowTransform, x: Tensor, score: Tensor) -> tuple[Tensor, 
     >>> push_score(LowerTriangularAffine(torch.zeros(1), 2.0), torch.ones(1), -torch.ones(1))[2]
     tensor([-0.5000])
     """
-    step = step_of(layer)
+    step = step_of(layer) if can_fuse(x) else None
     if step is not None:
         return fused_pass([step], x, score)
     if isinstance(layer, ComposeFlow):
@@ -231,14 +233,7 @@ def _frozen(base: Distribution) -> Distribution:
     return type(base)(**{name: getattr(base, name).detach() for name in base.arg_constraints})
 
 
-@contextmanager
-def _constant(module: nn.Module) -> Iterator[None]:
-    """The parameters of a module are constants in here. ``torch.func.functional_call`` can not be traced."""
-    slots = [(part._parameters, name, value) for part in module.modules() for name, value in part._parameters.items()]
-    try:
-        for holder, name, value in slots:
-            holder[name] = None if value is None else value.detach()  # type: ignore[assignment]
-        yield
-    finally:
-        for holder, name, value in slots:
-            holder[name] = value
+def _constant(module: nn.Module) -> AbstractContextManager[None]:
+    """The parameters of a module are constants in here. ``torch.func.functional_call`` cannot be traced."""
+    slots: list[Slot] = [(part._parameters, name) for part in module.modules() for name in part._parameters]
+    return holding(slots, [None if holder[name] is None else holder[name].detach() for holder, name in slots])

@@ -15,9 +15,10 @@ from torch import Tensor
 from pyro_affine.compiled import Compile, agree
 from pyro_affine.distributed import ALONE, Processes
 from pyro_affine.latent_elbo import LatentELBO, latent_density
-from pyro_affine.particles import BAD_DRAW, Pair, first_success
+from pyro_affine.particles import Pair, first_success
 from pyro_affine.random_state import new_seed, seeded
 from pyro_affine.recorded import RecordedDensity
+from pyro_affine.traces import BAD_DRAW
 
 _PARTICLES_AT_ONCE, _PARTICLES_ONE_BY_ONE = 64, 8
 _BANK_AT_ONCE, _BANK_ONE_BY_ONE = 1024, 64
@@ -40,15 +41,11 @@ class GuideTask:
         pair: model and guide; the guide is set up, and has found its start.
         num_particles: draws a step; None for a default that suits how they run.
         nesting, reason: from ``Pair.find_nesting``.
-        parameters: what is trained.
-        seed: seed of the fit, for checkpoints.
+        arguments: of the fit, which a checkpoint must agree in.
         processes: among which draws are split, rounded up; each has random numbers of its own.
 
     Attributes:
         num_dropped: number of single draws left out so far.
-
-    Raises:
-        ValueError: if ``num_particles`` is not positive.
     """
 
     kind, weight = "guide", 1.0  # processes have equal shares
@@ -65,16 +62,14 @@ class GuideTask:
         *,
         nesting: int | None,
         reason: str = "",
-        seed: int | None = None,
+        arguments: dict[str, Any] | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        if num_particles is not None and num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {num_particles}; 64 is the default")
         self.pair, self.nesting, self.processes = pair, nesting, processes
         at_once = nesting is not None
         self.num_particles = num_particles or (_PARTICLES_AT_ONCE if at_once else _PARTICLES_ONE_BY_ONE)
         self.num_scored = _BANK_AT_ONCE if at_once else _BANK_ONE_BY_ONE
-        self.arguments = {"num_particles": self.num_particles, "seed": seed}
+        self.arguments = {"num_particles": self.num_particles, **(arguments or {})}
         self._bank_seed = new_seed()
         if reason and self.num_particles > 1:
             _warn_of_single_draws(self.num_particles, reason)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 from torch.distributions import biject_to
@@ -22,7 +21,7 @@ from pyro_affine.low_rank import LowRankAffine
 from pyro_affine.random_state import seeded
 from pyro_affine.scales import ScaleMap
 from pyro_affine.student import UncheckedStudentT
-from pyro_affine.support_check import ConstraintMarker, constrained_sites, require_fixed_supports
+from pyro_affine.support_check import CheckedGuide
 from pyro_affine.tails import LOFT
 from pyro_affine.warm_start import LARGEST_DENSE, find_gaussian
 from pyro_affine.whitening import DiagonalWhitening, Whitening
@@ -30,7 +29,7 @@ from pyro_affine.whitening import DiagonalWhitening, Whitening
 Size = Literal["small", "base", "large"]
 
 
-class AutoRealNVP(AutoContinuous):
+class AutoRealNVP(CheckedGuide):
     """Guide that transforms a standard normal by affine couplings, then by an affine map.
 
     The latents, unconstrained and laid side by side in a vector of D entries, are
@@ -64,8 +63,8 @@ class AutoRealNVP(AutoContinuous):
             posterior, "total" until then.
 
     Raises:
-        ValueError: if an argument is out of range; at the first call, if some latent would never move, or if the
-            support of a site depends on another latent.
+        ValueError: if an argument is out of range; at the first call, if some latent would never move, if the support
+            of a site depends on another latent, or if a latent lies in a plate that subsamples.
 
     >>> import pyro
     >>> guide = AutoRealNVP(lambda: pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1)))
@@ -108,8 +107,6 @@ class AutoRealNVP(AutoContinuous):
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
-        require_fixed_supports(self, args, kwargs)
-        self._constrained = constrained_sites(self)
         loc, size = self._init_loc(), self.latent_dim
         options = {name: value for name, value in self._flow_options.items() if value is not None}
         flow = real_nvp(size, **{**capacity(size, self.size), **options})
@@ -177,21 +174,18 @@ class AutoRealNVP(AutoContinuous):
         family = PathGradientDistribution if path else dist.TransformedDistribution
         return family(self.get_base_dist(), [self.get_transform(*args, **kwargs)])
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """A draw of each latent site, as of any autoguide."""
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
-        with ConstraintMarker(self._constrained):
-            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
-
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior median of each latent entry, from ten thousand draws of a fixed seed. Shape: that of the site."""
+        """The ``quantiles`` of probability 0.5, shape: that of the site.
+
+        It is the median of each entry, save in a simplex, an ordered vector or a matrix: there, the image of the
+        medians in unconstrained space.
+        """
         return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Posterior quantiles of each latent entry, taken in unconstrained space from draws of a fixed seed.
+        """Posterior quantiles of each latent entry, taken in unconstrained space from 10,000 draws of a fixed seed.
 
         Returns:
             Values by site. Shape: (number of quantiles,) + shape of the site.

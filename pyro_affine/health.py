@@ -203,6 +203,7 @@ def _plan(subject: Any, points: Tensor | None, context: Tensor | None) -> tuple[
     if isinstance(subject, NormalizingFlow):
         flow, base, from_data = subject._chain(context), subject._base(), points is not None
     elif isinstance(subject, AutoContinuous):
+        _require_no_data(subject)
         flow, base = as_flow(subject.get_transform()), subject.get_base_dist()
     elif isinstance(subject, ConditionalTransform):
         raise ValueError(
@@ -216,6 +217,14 @@ def _plan(subject: Any, points: Tensor | None, context: Tensor | None) -> tuple[
         raise ValueError(f"health needs a point at least, got a tensor of shape {tuple(points.shape)}")
     ones = Size([1] * (flow.codomain if from_data else flow.domain).event_dim)
     return flow, points.expand(torch.broadcast_shapes(points.shape, flow.batch_shape + ones)), from_data
+
+
+def _require_no_data(guide: AutoContinuous) -> None:
+    if hasattr(guide, "context_fn"):
+        raise ValueError(
+            f"health needs a flow at one context, got {type(guide).__name__}, whose flow depends on the data; pass "
+            "guide.get_transform(data)"
+        )
 
 
 def _base_draws(flow: FlowTransform, base: Any) -> Tensor:

@@ -58,7 +58,7 @@ def image_real_nvp(
         memory: what is kept for the backward pass of each level, as in ``ComposeFlow``.
 
     Raises:
-        ValueError: for an event of another rank, sizes that can not be halved as often, or fewer than two layers.
+        ValueError: for an event of another rank, sizes that cannot be halved as often, or fewer than two layers.
 
     Source: Density estimation using Real NVP (Dinh et al., 2017), sections 3.6 and 4.1.
 
@@ -119,7 +119,7 @@ def glow(
         alpha, scale, activation, guard, memory: as in ``image_real_nvp``.
 
     Raises:
-        ValueError: for an event of another rank, sizes that can not be halved as often, or no step.
+        ValueError: for an event of another rank, sizes that cannot be halved as often, or no step.
 
     Source: Glow: Generative Flow with Invertible 1x1 Convolutions (Kingma and Dhariwal, 2018).
 

@@ -4,7 +4,7 @@ A class is safe to name when making an empty object of it and setting its attrib
 methods do no more than compute on tensors. So the list holds the layers, networks and guides of this package,
 the transforms and constraints of torch and Pyro, and those layers of ``torch.nn`` that are plain functions of
 their attributes; not "any class of torch". Names are looked up among modules that are imported already: a file
-can not import anything.
+cannot import anything.
 """
 
 from __future__ import annotations

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import sum_rightmost
 from pyro.infer.autoguide import AutoContinuous
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_affine.particles import BAD_DRAW
-from pyro_affine.traces import LOG_PROB, Lanes, read_log_prob, sample_sites
+from pyro_affine.traces import (
+    BAD_DRAW,
+    LOG_PROB,
+    Lanes,
+    draws_at_once,
+    is_random_subsample,
+    read_log_prob,
+    sample_sites,
+)
 
-_CHUNK = 256  # draws at once
+_CHUNK = 256  # draws at once, unless the sites of the model are large
 
 
 class LatentDensity:
@@ -83,13 +91,21 @@ class LatentDensity:
 
     def pieces(self, latents: Tensor) -> tuple[Tensor, ...]:
         """The rows in as many pieces as the model is run. Shape: (S, D)."""
-        return torch.split(latents.detach(), 1 if self.nesting is None else _CHUNK)
+        return torch.split(latents.detach(), self._rows_at_once)
 
     def is_random(self) -> bool:
         """Whether it changes from call to call: a plate subsamples at random, or a site is left to be drawn."""
-        trace = self._trace(self._guide._init_loc()[None], Lanes(1))[0]
-        drawn = [site for site in sample_sites(trace).values() if not site["is_observed"]]
-        return bool(drawn) or any(map(_is_random_subsample, trace.nodes.values()))
+        drawn = [site for site in sample_sites(self._prototype).values() if not site["is_observed"]]
+        return bool(drawn) or any(map(is_random_subsample, self._prototype.nodes.values()))
+
+    @cached_property
+    def _prototype(self) -> Any:
+        """Trace of the model at the initial values of the guide."""
+        return self._trace(self._guide._init_loc()[None], Lanes(1))[0]
+
+    @cached_property
+    def _rows_at_once(self) -> int:
+        return 1 if self.nesting is None else draws_at_once(self._prototype, _CHUNK)
 
     def _halve(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """All rows at once; where the model refuses one, each half, down to the rows that are to blame."""
@@ -112,15 +128,10 @@ class LatentDensity:
         for site, unconstrained in self._guide._unpack_latent(latents if lanes.nesting is not None else latents[0]):
             transform = biject_to(site["fn"].support)
             values[site["name"]] = value = transform(unconstrained)
-            jacobian = jacobian + lanes.total(transform.log_abs_det_jacobian(unconstrained, value))
+            terms = transform.log_abs_det_jacobian(unconstrained, value)
+            terms = sum_rightmost(terms, terms.dim() - value.dim() + site["fn"].event_dim)
+            jacobian = jacobian + lanes.total(terms)
         program = poutine.condition(self._model, data=values)
         plate = pyro.plate("_draws", lanes.num_draws, dim=-lanes.nesting - 1) if lanes.nesting is not None else None
         with nullcontext() if plate is None else plate:
             return poutine.trace(program).get_trace(*self._args, **self._kwargs), jacobian
-
-
-def _is_random_subsample(site: Any) -> bool:
-    if site["type"] != "sample" or not site_is_subsample(site) or site["is_observed"]:
-        return False
-    size, full_size = site["fn"].subsample_size, site["fn"].size
-    return size is not None and size < full_size

@@ -116,5 +116,5 @@ def latent_density(pair: Pair, nesting: int | None) -> LatentDensity | None:
 def _is_one_flow(guide: AutoContinuous) -> bool:
     try:
         return isinstance(guide.get_transform(), FlowTransform)
-    except (NotImplementedError, TypeError):  # a guide without a transform, or one that depends on the arguments
+    except Exception:  # a guide without a transform, or one that depends on the arguments, as its context_fn does
         return False

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyro_affine.correlations import Correlations
 from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
 from pyro_affine.steps import Made, Rows, Wanted
 from pyro_affine.tails import LOFT
-from pyro_affine.whitening import Whitening
+from pyro_affine.whitening import DiagonalWhitening, Whitening
 
 
 class _Whole:
@@ -47,18 +48,19 @@ def _reordered(rows: Tensor, order: Tensor, back: Tensor) -> Made:
 class StandardizationStep(_Whole):
     """y = loc + scale * x, constants."""
 
-    def __init__(self, layer: Standardization) -> None:
+    def __init__(self, layer: Standardization | DiagonalWhitening) -> None:
         self.layer = layer
 
     def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
-        scale = self.layer.scale
-        y, log_det = self.layer._forward(x)
+        loc, scale = self.layer.loc, self.layer.scale
+        log_det = scale.log().sum().expand(len(x))
+        y = torch.addcmul(loc, x, scale)
         return Made(y, log_det, lambda grad, *_: (grad * scale, ()), lambda score: score / scale)
 
     def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
-        scale = self.layer.scale
-        x, log_det = self.layer._backward(y)
-        return Made(x, log_det, lambda grad, *_: (grad / scale, ()))
+        loc, scale = self.layer.loc, self.layer.scale
+        log_det = scale.log().sum().expand(len(y))
+        return Made((y - loc).div_(scale), log_det, lambda grad, *_: (grad / scale, ()))
 
 
 class TailStep(_Whole):
@@ -130,7 +132,7 @@ class TriangularStep:
         lower, scale = below.tril(-1), log_scale.exp()
         mixed = (y - loc) / scale
         x = _solved(lower.T, mixed, upper=True)
-        known = x.detach()  # to hold x itself, an output of the pass, would be a circle
+        known = x.clone()  # x itself, an output of the pass, would be a circle, and may be changed in place
 
         def pull(grad: Any, grad_log_det: Tensor | None, wanted: Wanted) -> tuple[Rows, Sequence[Tensor]]:
             of_mixed = _solved(lower, grad)
@@ -152,7 +154,7 @@ def _solved(matrix: Tensor, rows: Tensor, *, upper: bool = False) -> Tensor:
 class WhiteningStep(_Whole):
     """y = loc + L x, constants."""
 
-    def __init__(self, layer: Whitening) -> None:
+    def __init__(self, layer: Whitening | Correlations) -> None:
         self.layer = layer
 
     def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:

@@ -10,6 +10,8 @@ from torch import Size, Tensor, nn
 
 from pyro_affine.transform import FlowTransform
 
+_MOST_SHOWN = 20  # entries in a message
+
 
 class Permutation(FlowTransform):
     """Fixed reordering of the entries of an event: y[i] = x[order[i]], log|det dy/dx| = 0.
@@ -149,6 +151,11 @@ class Standardization(FlowTransform):
         self.register_buffer("loc", torch.zeros(tuple(event_shape)))
         self.register_buffer("scale", torch.ones(tuple(event_shape)))
 
+    @property
+    def is_new(self) -> bool:
+        """Whether ``fit`` has not changed it."""
+        return bool((self.loc == 0).all() & (self.scale == 1).all())
+
     def fit(self, data: Tensor) -> None:
         """Store mean and standard deviation of each entry. Data shape: (N,) + event_shape, N >= 2.
 
@@ -160,12 +167,13 @@ class Standardization(FlowTransform):
                 f"data must have shape (N,) + {tuple(self.event_shape or ())} with N >= 2, got {tuple(data.shape)}"
             )
         loc, scale = data.double().mean(0), data.double().std(0)
-        bad = ~(scale.isfinite() & (scale > 0))
-        if bad.any():
-            entry = tuple(bad.nonzero()[0].tolist())
+        bad = (~(scale.isfinite() & (scale > 0))).nonzero()
+        if len(bad):
+            entries = ", ".join(str(tuple(entry)) for entry in bad[:_MOST_SHOWN].tolist())
+            more = f" and {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
             raise ValueError(
-                f"each entry of the data must be finite and vary, got standard deviation {scale[entry].item()} at "
-                f"entry {entry}; drop the entry, or clean its rows"
+                "each entry of the training rows must be finite and vary, got standard deviation "
+                f"{scale[tuple(bad[0])].item()} at entry {entries}{more}; drop such entries, or clean their rows"
             )
         self.loc.copy_(loc)
         self.scale.copy_(scale)

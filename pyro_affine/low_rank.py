@@ -46,7 +46,8 @@ class LowRankAffine(FlowTransform):
         log_scale = torch.as_tensor(scale, dtype=loc.dtype, device=loc.device).expand(loc.shape).log()
         if not log_scale.isfinite().all() or rank < 1:
             raise ValueError(f"scale and rank must be positive, got scale={scale}, rank={rank}")
-        directions = torch.randn(len(loc), rank, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        directions = torch.randn(len(loc), rank, generator=generator, dtype=torch.float64, device="cpu")
         directions = directions / directions.norm(dim=0)
         self.loc = nn.Parameter(loc.detach().clone())
         self.log_scale = nn.Parameter(log_scale.clone())

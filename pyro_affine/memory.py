@@ -13,8 +13,9 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 from torch.utils.checkpoint import checkpoint
 
+from pyro_affine.cache import Slot
 from pyro_affine.normal import sum_event
-from pyro_affine.transform import FlowTransform, _require_finite, _Slot
+from pyro_affine.transform import FlowTransform, _require_finite
 
 Memory = Literal["full", "checkpoint", "invertible"]
 
@@ -44,7 +45,7 @@ class Step(NamedTuple):
     @property
     def is_between_reals(self) -> bool:
         """Whether neither side has ends, near which an inverse loses digits."""
-        return all(_is_real(side) for side in (self.part.domain, self.part.codomain))
+        return all(is_real(side) for side in (self.part.domain, self.part.codomain))
 
     def undo(self, value: Tensor) -> Tensor:
         """What the part was given, from what it made."""
@@ -129,7 +130,7 @@ class _Invertible(torch.autograd.Function):
         with ctx.precision():
             for (step, slots), anchor in zip(reversed(ctx.plan), reversed(kept), strict=True):
                 own, tensors = tensors[len(tensors) - len(slots) :], tensors[: len(tensors) - len(slots)]
-                with _holding(slots, own):
+                with holding(slots, own):
                     if anchor is not None:
                         _require_recovered(step.run(anchor)[0], made, ctx.plan)
                     made = step.undo(made) if anchor is None else anchor
@@ -139,7 +140,7 @@ class _Invertible(torch.autograd.Function):
         return (None, grad, *(g for own_grads in found[::-1] for g in own_grads))
 
 
-_Slots = list[_Slot]
+_Slots = list[Slot]
 _Plan = list[tuple[Step, _Slots]]
 
 
@@ -148,7 +149,7 @@ def _differentiate(
 ) -> tuple[Tensor, ...]:
     """The gradients with respect to what the step was given and to its tensors."""
     given, *leaves = (tensor.detach().requires_grad_() for tensor in (given, *tensors))  # tensors may have hooks
-    with _holding(slots, leaves), torch.enable_grad():
+    with holding(slots, leaves), torch.enable_grad():
         value, log_det = step.run(given)
     pairs = [(value, grads[0]), (log_det, grads[1].sum_to_size(log_det.shape))]
     outputs, weights = zip(*[pair for pair in pairs if pair[0].requires_grad], strict=True)
@@ -157,14 +158,20 @@ def _differentiate(
     return (torch.zeros_like(given) if found[0] is None else found[0], *found[1:])
 
 
-def _is_real(constraint: Constraint) -> bool:
+def is_real(constraint: Constraint) -> bool:
+    """Whether all reals are allowed, entry by entry."""
+    return isinstance(innermost(constraint), type(constraints.real))
+
+
+def innermost(constraint: Constraint) -> Constraint:
+    """The constraint without the dimensions that ``independent`` adds."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
-    return isinstance(constraint, type(constraints.real))
+    return constraint
 
 
 def _run_with(step: Step, slots: _Slots, tensors: list[Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
-    with _holding(slots, tensors):
+    with holding(slots, tensors):
         return step.run(value)
 
 
@@ -175,8 +182,8 @@ def _trained_slots(part: FlowTransform) -> _Slots:
 
 
 @contextmanager
-def _holding(slots: _Slots, tensors: list[Tensor]) -> Iterator[None]:
-    """Put the tensors of the forward pass in place: ``functional_call`` may have taken them away since."""
+def holding(slots: _Slots, tensors: Sequence[Tensor | None]) -> Iterator[None]:
+    """Put tensors in place, such as those of the forward pass: ``functional_call`` may have taken them away since."""
     before = [holder[name] for holder, name in slots]
     try:
         for (holder, name), tensor in zip(slots, tensors, strict=True):

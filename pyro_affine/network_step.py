@@ -19,17 +19,24 @@ from pyro_affine.steps import Wanted
 # Entry by entry, so that a derivative has the shape of the value.
 _ELEMENTWISE = (nn.SiLU, nn.Tanh, nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.Softplus, nn.Sigmoid, nn.Mish, nn.SELU)
 
-ONE = torch.tensor(1.0, dtype=torch.float64)  # without dimensions, it goes with rows of any floating dtype
-
-Pull = Callable[[Tensor], Tensor]
-"""Gradient of an elementwise function: at its value -> at its argument."""
-
-Bend = Callable[[Tensor], tuple[Tensor, Pull]]
-"""An elementwise function: argument -> value, and how a gradient comes back."""
+# Without the wrappers in torch.nn.functional, which look for subclasses of Tensor.
+silu, leaky_relu, leaky_relu_ = torch._C._nn.silu, torch._C._nn.leaky_relu, torch._C._nn.leaky_relu_
 
 NetworkPull = Callable[..., tuple[Tensor, list[Tensor]]]
 """``(grad, onto, wanted, *, sign=1)``: gradient of the outputs -> that of what the network reads, times ``sign`` and
 added to ``onto``, and those of the tensors."""
+
+
+class Bend(NamedTuple):
+    """An elementwise function with its derivative.
+
+    Attributes:
+        run: argument -> value, and what ``pull`` needs to know.
+        pull: gradient at the value, what is known -> gradient at the argument.
+    """
+
+    run: Callable[[Tensor], tuple[Tensor, Tensor]]
+    pull: Callable[[Tensor, Tensor], Tensor]
 
 
 class Link(NamedTuple):
@@ -97,87 +104,91 @@ def run_network(links: list[Link], tensors: list[Tensor], kept: Tensor, *, recor
         links: of the network.
         tensors: weight and bias of each link in turn.
         kept: shape (B, num_kept).
-        record: without, the gradient can not come back, and each value is freed as soon as the next is there, which
+        record: without, the gradient cannot come back, and each value is freed as soon as the next is there, which
             spares a large batch a sixth of its time.
     """
-    passed: list[tuple[bool, bool, Tensor, Tensor, Pull | None]] = []
+    passed: list[tuple[Link, Tensor, Tensor, Any]] = []
     hidden = skipped = kept
-    for (bend, _, opens, closes), weight, bias in zip(links, tensors[::2], tensors[1::2], strict=True):
-        skipped = hidden if opens else skipped
-        hidden, pull = (hidden, None) if bend is None else bend(hidden)
+    given = iter(tensors)
+    for link, weight, bias in zip(links, given, given, strict=True):
+        skipped = hidden if link.opens else skipped
+        hidden, known = (hidden, None) if link.bend is None else link.bend.run(hidden)
         if record:
-            passed.append((opens, closes, weight, hidden, pull))
-        del pull
+            passed.append((link, weight, hidden, known))
+        del known
         hidden = F.linear(hidden, weight, bias)
-        hidden = hidden + skipped if closes else hidden
+        hidden = hidden + skipped if link.closes else hidden
 
     def pull_network(grad: Tensor, onto: Tensor, wanted: Wanted, *, sign: int = 1) -> tuple[Tensor, list[Tensor]]:
         own: list[Tensor] = []
         skipped = grad
-        for opens, closes, weight, arrived, pull in reversed(passed):
-            skipped = grad if closes else skipped
+        for link, weight, arrived, known in reversed(passed):
+            skipped = grad if link.closes else skipped
             if wanted.tensors:
                 own += (grad.sum(0), torch.mm(grad.t(), arrived))
-            if pull is None:  # the first link of all
+            if link.bend is None:  # the first link of all
                 break
-            grad = pull(torch.mm(grad, weight))
-            grad = grad + skipped if opens else grad
+            grad = link.bend.pull(torch.mm(grad, weight), known)
+            grad = grad + skipped if link.opens else grad
         own.reverse()
         if wanted.input:
-            onto = torch.add(onto, grad, alpha=sign) if pull else torch.addmm(onto, grad, weight, alpha=sign)
+            is_bent = link.bend is not None
+            onto = torch.add(onto, grad, alpha=sign) if is_bent else torch.addmm(onto, grad, weight, alpha=sign)
         return onto, own
 
     return hidden, pull_network
 
 
 def bend_of(function: Any) -> Bend:
-    """An elementwise Module as a function that also tells how a gradient comes back."""
+    """An elementwise Module with its derivative.
+
+    >>> bend = bend_of(nn.Tanh())
+    >>> value, known = bend.run(torch.zeros(2))
+    >>> bend.pull(torch.ones(2), known)
+    tensor([1., 1.])
+    """
     if type(function) is nn.SiLU:
-        return _silu
-    return partial(_BY_HAND.get(type(function), _by_autograd), function)
+        return _SILU
+    if type(function) is BoundedInput:
+        return Bend(partial(_bounded, function), torch.ops.aten.tanh_backward.default)
+    if type(function) is AtanScale:
+        return Bend(partial(_arc, function), partial(_pull_arc, function))
+    return Bend(lambda at: (function(at), at), partial(_pull_by_autograd, function))
 
 
-def _silu(at: Tensor) -> tuple[Tensor, Pull]:
-    return F.silu(at), lambda grad: _silu_backward(grad, at)
+_SILU = Bend(lambda at: (silu(at), at), torch.ops.aten.silu_backward.default)
 
 
-def _bounded(function: BoundedInput, at: Tensor) -> tuple[Tensor, Pull]:
+def _bounded(function: BoundedInput, at: Tensor) -> tuple[Tensor, Tensor]:
     """What ``BoundedInput`` hands to its conditioner."""
-    bound = _number(function.bound, at.dtype, at.device)
+    bound = number(function.bound, at.dtype, at.device)
     ratio = (at / bound).tanh_()
-    return ratio * bound, lambda grad: _tanh_backward(grad, ratio)
+    return ratio * bound, ratio
 
 
-_silu_backward, _tanh_backward = torch.ops.aten.silu_backward.default, torch.ops.aten.tanh_backward.default
-
-
-def _arc(function: AtanScale, raw: Tensor) -> tuple[Tensor, Pull]:
+def _arc(function: AtanScale, raw: Tensor) -> tuple[Tensor, Tensor]:
     """``AtanScale.forward`` in the fewest operations, all but the first on rows without gaps."""
-    right, ratio = 2 * function.upper / math.pi, function.upper / function.lower
-    unit = _number(right, raw.dtype, raw.device)
-    bent = F.leaky_relu(raw, ratio)
-
-    def pull(grad: Tensor) -> Tensor:
-        return grad / torch.addcmul(ONE, bent, bent, value=right**-2)
-
-    return F.leaky_relu(torch.atan2(bent, unit).mul_(unit), 1 / ratio), pull
+    unit, ratio = number(2 * function.upper / math.pi, raw.dtype, raw.device), function.upper / function.lower
+    if ratio == 1:
+        return torch.atan2(raw, unit).mul_(unit), raw
+    bent = leaky_relu(raw, ratio)
+    return leaky_relu_(torch.atan2(bent, unit).mul_(unit), 1 / ratio), bent
 
 
-def _by_autograd(function: nn.Module, at: Tensor) -> tuple[Tensor, Pull]:
-    def pull(grad: Tensor) -> Tensor:
-        with torch.enable_grad():
-            leaf = at.detach().requires_grad_()
-            value = function(leaf)
-        return torch.autograd.grad(value, leaf, grad)[0] if value.requires_grad else torch.zeros_like(at)
-
-    return function(at), pull
+def _pull_arc(function: AtanScale, grad: Tensor, bent: Tensor) -> Tensor:
+    one, gain = number(1.0, bent.dtype, bent.device), math.pi / (2 * function.upper)
+    return grad / torch.addcmul(one, bent, bent, value=gain**2)
 
 
-_BY_HAND: dict[type, Callable[[Any, Tensor], tuple[Tensor, Pull]]] = {AtanScale: _arc, BoundedInput: _bounded}
+def _pull_by_autograd(function: nn.Module, grad: Tensor, at: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = at.detach().requires_grad_()
+        value = function(leaf)
+    return torch.autograd.grad(value, leaf, grad)[0] if value.requires_grad else torch.zeros_like(at)
 
 
 @lru_cache
-def _number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Without dimensions and of the same dtype, which costs half of what a Python number does."""
     with torch.inference_mode(False):  # it is kept, and what inference mode makes has no place in a later graph
         return torch.tensor(value, dtype=dtype, device=device)

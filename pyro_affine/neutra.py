@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoContinuous
@@ -51,7 +52,7 @@ def neutra(
     need not be exact, for it only sets the geometry. Its weights do not change.
 
     The chains run one after the other in this process, each from its own seed and its own starting point, so that
-    any model can be used, also one that can not be pickled, and the draws depend on the seed alone.
+    any model can be used, also one that cannot be pickled, and the draws depend on the seed alone.
 
     Args:
         model: a Pyro model of continuous latent sites, without subsampling.
@@ -73,7 +74,8 @@ def neutra(
 
     Raises:
         ValueError: if the guide is no ``AutoContinuous`` with a transform, has not been called, or has weights
-            that are not finite; if a number is below 1; if NUTS finds no starting point of finite density.
+            that are not finite; if it lacks a latent site of the model; if a number is below 1; if NUTS finds no
+            starting point of finite density.
 
     Source: NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman et al., 2019).
 
@@ -92,7 +94,9 @@ def neutra(
     """
     _check(guide, num_samples=num_samples, num_warmup=num_warmup, num_chains=num_chains)
     options = {"target_accept_prob": target_accept, "max_tree_depth": max_tree_depth}
-    with seeded(seed), _frozen(guide), _bar(num_chains * (num_samples + num_warmup), progress) as bar:
+    num_steps = num_chains * (num_samples + num_warmup)
+    # as in MCMC itself: a place that the model refuses is one without a density, and not an error
+    with seeded(seed), pyro.validation_enabled(False), _frozen(guide), _bar(num_steps, progress) as bar:
         warped = WarpedModel(model, guide, args, kwargs)
 
         def run(potential: Potential) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,7 @@ class NeutraResult:
         if self.num_divergences:
             return f"Look closer ({facts}): fit the guide longer or with more layers, or take target_accept=0.95."
         if len(self.diverging) == 1:
-            return f"Undecided ({facts}): one chain can not show that it has converged, take num_chains=4."
+            return f"Undecided ({facts}): one chain cannot show that it has converged, take num_chains=4."
         return f"Do not trust the draws yet ({facts}): take more of them, or fit the guide longer."
 
     def __repr__(self) -> str:

@@ -31,7 +31,7 @@ def normal_log_prob(x: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
 
 
 def sum_event(values: Tensor, event_dim: int) -> Tensor:
-    """Sum over the last dimensions; of an empty batch too, which the reshape of torch's own can not do.
+    """Sum over the last dimensions; of an empty batch too, which the reshape of torch's own cannot do.
 
     >>> sum_event(torch.ones(0, 2, 3), 2).shape
     torch.Size([0])

@@ -16,6 +16,7 @@ from pyro_affine.compose import ComposeFlow, ConditionalComposeFlow, as_flow
 from pyro_affine.correlations import Correlations
 from pyro_affine.curves import Curves
 from pyro_affine.linear import Standardization
+from pyro_affine.memory import is_real
 from pyro_affine.normal import normal_log_prob, sum_event
 from pyro_affine.student import UncheckedStudentT
 
@@ -26,11 +27,11 @@ _ROWS_AT_ONCE = 1024  # on their way through a layer while units are fitted, as 
 
 
 class NormalizingFlow(nn.Module):
-    """A density: a flow, the standard normal base that it starts from, and the units of the data.
+    """A density: a flow, its base (standard normal; Student's t for vectors, see ``tails``) and the units of the data.
 
     ``flow()`` or ``flow(context)`` gives a Pyro ``TransformedDistribution``, to be used in ``pyro.sample`` or by
     itself; ``log_prob``, ``sample``, ``rsample`` and ``rsample_and_log_prob`` are shorter ways that remember
-    nothing. log p(y) = log N(x; 0, I) - log|det dy/dx|.
+    nothing. log p(y) = log p_base(x) - log|det dy/dx|.
 
     Where the transform ends in the whole real line, its data have units. ``standardize`` stores their means and
     standard deviations. ``fit_units``, which ``fit_density`` calls, stores these, fits a monotone curve to each entry
@@ -83,7 +84,7 @@ class NormalizingFlow(nn.Module):
         compose = ConditionalComposeFlow if self.conditional else ComposeFlow
         if tails not in (None, "student", "log", "normal"):
             raise ValueError(f'tails must be "student", "log" or "normal", got {tails!r}')
-        in_reals = _ends_in_reals(transform)
+        in_reals = is_real(getattr(transform, "codomain", constraints.real))
         vectors = in_reals and len(self.data_shape) == 1 and not self.conditional
         curves = (_NUM_KNOTS if vectors else 0) if curves is None else curves
         whiten = vectors and 1 < self.data_shape[0] <= _LARGEST_DENSE if whiten is None else whiten
@@ -116,8 +117,7 @@ class NormalizingFlow(nn.Module):
             chain.inverse_shape(value.shape)
         else:  # which looks at each parameter
             chain._check(value, chain.inverse_shape)
-        x, log_det = chain._backward(value)
-        return self._log_base(x) - log_det
+        return self._log_density(*chain._backward(value))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile ``log_prob`` in place, with the arguments of ``torch.compile``; weights keep their names.
@@ -144,7 +144,7 @@ class NormalizingFlow(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Draws and their log-densities in nats, in one pass. Shapes: as of ``sample``, and that without data_shape."""
         x, y, log_det = self._draw(sample_shape, context)
-        return y, self._log_base(x) - log_det
+        return y, self._log_density(x, log_det)
 
     def standardize(self, data: Tensor) -> None:
         """Store mean and standard deviation of the data, (N,) + data_shape, so that the flow sees unit scales."""
@@ -155,9 +155,18 @@ class NormalizingFlow(nn.Module):
             )
         self.chain.parts[-1].fit(data)
 
+    @property
+    def standardized(self) -> bool:
+        """Whether it has units of data, or curves that were trained: ``fit_density`` then leaves them as they are."""
+        layers = self.chain.parts[1:]
+        return any(not layer.is_new for layer in layers[:-1] or layers)  # the last alone may be from ``standardize``
+
     @torch.no_grad()
     def fit_units(self, data: Tensor) -> None:
-        """Store the units of the data, if any: ``standardize``, then curves and correlations, (N,) + data_shape."""
+        """Store the units of the data, if any: ``standardize``, then curves and correlations, (N,) + data_shape.
+
+        Weights that are trained hold in the units from before: a flow for other data is better made anew.
+        """
         if len(self.chain.parts) == 1:
             return
         self.standardize(data)
@@ -198,6 +207,11 @@ class NormalizingFlow(nn.Module):
             return sum_event(self._base().base_dist.log_prob(x), len(self.event_shape))
         return normal_log_prob(x, self.loc, self.scale)
 
+    def _log_density(self, x: Tensor, log_det: Tensor) -> Tensor:
+        """log p(y) of what comes from x; the log_det of an elementwise chain still has the dimensions of an event."""
+        log_base = self._log_base(x)
+        return log_base - sum_event(log_det, max(log_det.dim() - log_base.dim(), 0))
+
     def _chain(self, context: Tensor | None) -> ComposeFlow:
         if self.conditional != (context is not None):
             raise ValueError(
@@ -226,13 +240,6 @@ def _sides(transform: Any, shape: Size) -> tuple[Size, Size]:
     data = transform.forward_shape(base)
     rank = len(base) + transform.codomain.event_dim - transform.domain.event_dim
     return base, data[len(data) - rank :]
-
-
-def _ends_in_reals(transform: Transform | ConditionalTransform) -> bool:
-    constraint = getattr(transform, "codomain", constraints.real)
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return isinstance(constraint, type(constraints.real))
 
 
 def _as_shape(shape: int | Sequence[int]) -> Size:

@@ -5,27 +5,36 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
 from pyro.infer import Trace_ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_affine.random_state import seeded
 from pyro_affine.replay import Replay
-from pyro_affine.traces import LOG_PROB, Lanes, batch_depth, read_log_prob, sample_sites
+from pyro_affine.traces import (
+    BAD_DRAW,
+    LOG_PROB,
+    Lanes,
+    batch_depth,
+    draws_at_once,
+    first_line,
+    is_delta,
+    read_log_prob,
+    sample_sites,
+)
 
-# What a draw far out makes a model raise. Other errors are for the user to see at once.
-BAD_DRAW = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 _TRIES = 10  # a guide of sensible width draws ten refused starts in a row only if the model refuses all
 _NUM_PROBES = 5  # draws run one by one and at once; a prime is seldom the size of a plate
-_CHUNK = 256  # draws scored at once, without gradients
+_CHUNK = 256  # draws scored at once, without gradients, unless the sites of the model are large
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,22 @@ class Pair:
         guide: a Pyro guide for it.
         args: positional arguments of both.
         kwargs: keyword arguments of both.
+
+    Raises:
+        ValueError: if ``args`` is no tuple or list, such as data given as they are, or ``kwargs`` no dict.
     """
 
     model: Callable[..., Any]
     guide: Callable[..., Any]
     args: Sequence[Any] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.args, (tuple, list)) or not isinstance(self.kwargs, dict):
+            raise ValueError(
+                "args must be a tuple of the model's arguments and kwargs a dict, got "
+                f"{type(self.args).__name__} and {type(self.kwargs).__name__}; write (data,) for one argument"
+            )
 
     def prototype(self) -> tuple[Any, Any]:
         """Traces of model and guide at one draw that the model accepts; sets an autoguide up.
@@ -73,10 +92,19 @@ class Pair:
         Returns:
             Shape: (num_draws,), float64, on the CPU.
         """
-        size = 1 if nesting is None else _CHUNK
-        sizes = [min(size, num_draws - start) for start in range(0, num_draws, size)]
         with torch.no_grad(), pyro.validation_enabled(False):  # a bad draw gives NaN and leaves its neighbours alone
+            size = 1 if nesting is None else self._draws_at_once
+            sizes = [min(size, num_draws - start) for start in range(0, num_draws, size)]
             return torch.cat([self._log_weights(Lanes(size, nesting)) for size in sizes])
+
+    def refusals(self, num_draws: int, nesting: int | None) -> list[str]:
+        """What the model says against those of some fresh draws that it refuses and ``log_weights`` counts.
+
+        That does not validate, so a Poisson distribution of negative rate has a density at 0.
+        """
+        if nesting is not None and not self._refusal(Lanes(num_draws, nesting)):
+            return []
+        return [words for words in (self._refusal(Lanes(1)) for _ in range(num_draws)) if words]
 
     def find_nesting(self) -> tuple[int | None, str]:
         """Number of batch dimensions to the left of which particles go, or None and why they must run one by one.
@@ -124,9 +152,27 @@ class Pair:
         try:
             with _plate(lanes):
                 model_trace, guide_trace = self._traces()
-            return (_read(model_trace, lanes)[LOG_PROB] - _read(guide_trace, lanes)[LOG_PROB]).cpu()
+            return _read(model_trace, lanes)[LOG_PROB] - _read(guide_trace, lanes)[LOG_PROB]
         except BAD_DRAW:
-            return torch.full((lanes.num_draws,), math.nan, dtype=torch.float64)
+            return torch.full((lanes.num_draws,), math.nan, dtype=torch.float64, device="cpu")
+
+    @cached_property
+    def _draws_at_once(self) -> int:
+        with seeded(0):  # so that the draws to be scored stay what they are
+            return draws_at_once(self._run_model(self._run(self.guide)), _CHUNK)
+
+    def _refusal(self, lanes: Lanes) -> str:
+        with torch.no_grad(), _plate(lanes), suppress(*BAD_DRAW):
+            with pyro.validation_enabled(False):
+                guide_trace = poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+            model = poutine.trace(poutine.replay(self.model, trace=guide_trace))
+            try:
+                _read(model.get_trace(*self.args, **self.kwargs), lanes)
+            except BAD_DRAW as error:
+                with pyro.validation_enabled(False):
+                    log_prob = _read(model.get_trace(*self.args, **self.kwargs), lanes)[LOG_PROB]
+                return first_line(error) if log_prob.isfinite().any() else ""
+        return ""
 
     def _compare(self, label: str, program: Callable[..., Any], traces: list[Any]) -> None:
         fixed = poutine.replay(program, trace=_only_subsamples(traces[0]))
@@ -161,11 +207,6 @@ class Pair:
         return tracer.trace, f"the {label} raised {after}: {first_line(error)}" if error else ""
 
 
-def first_line(error: Exception) -> str:
-    """First line of an error's message, or its name where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 def first_success(call: Callable[[], Any]) -> Any:
     """What a call returns, tried up to ten times while its draws are refused.
 
@@ -187,8 +228,10 @@ def _plate(lanes: Lanes) -> AbstractContextManager[Any]:
 
 
 def _read(trace: Any, lanes: Lanes) -> dict[str, Tensor]:
-    """Log-density in nats; 0 for a guide without sites."""
-    return read_log_prob(trace, lanes) if sample_sites(trace) else {LOG_PROB: torch.zeros(lanes.num_draws)}
+    """Log-density in nats, on the CPU; 0 for a guide without sites."""
+    if not sample_sites(trace):
+        return {LOG_PROB: torch.zeros(lanes.num_draws, device="cpu")}
+    return {LOG_PROB: read_log_prob(trace, lanes)[LOG_PROB].cpu()}
 
 
 def _depth(trace: Any) -> int:
@@ -197,13 +240,7 @@ def _depth(trace: Any) -> int:
 
 def _latents(trace: Any, *, with_deltas: bool = True) -> list[str]:
     sites = sample_sites(trace).items()
-    return [name for name, site in sites if not site["is_observed"] and (with_deltas or not _is_delta(site["fn"]))]
-
-
-def _is_delta(distribution: Any) -> bool:
-    while hasattr(distribution, "base_dist"):
-        distribution = distribution.base_dist
-    return isinstance(distribution, Delta)
+    return [name for name, site in sites if not site["is_observed"] and (with_deltas or not is_delta(site["fn"]))]
 
 
 def _stacked(traces: list[Any], name: str) -> Tensor:

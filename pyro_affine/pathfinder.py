@@ -34,7 +34,7 @@ class Path:
         inverse: H. Shape: (D, D).
         is_fresh: whether H is no more than a guess.
         damping: share of the largest curvature that is added to all of them when H is taken anew.
-        done: whether it can not rise any more.
+        done: whether it cannot rise any more.
 
     Source: Pathfinder: Parallel quasi-Newton variational inference (Zhang et al., 2022), with a dense matrix.
     """

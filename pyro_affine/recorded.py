@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_affine.latent_density import LatentDensity
-from pyro_affine.particles import BAD_DRAW
+from pyro_affine.traces import BAD_DRAW
 
 _MOST_SIZES = 4  # numbers of draws that are recorded: a step has one or two, and twice that once it has grown
 _TRIES = 10  # recordings begun at draws that the model refuses
@@ -24,7 +24,7 @@ class RecordedDensity:
 
     Most of the time of a small Pyro model goes into handlers, distribution objects and autograd. A recording holds the
     operations on tensors alone, forward and backward, with all else as it was: it is right for a model that does the
-    same whatever the draws, call after call. One that branches on values can not be recorded. One that changes from
+    same whatever the draws, call after call. One that branches on values cannot be recorded. One that changes from
     call to call is found out by comparison: a recording is held against the model at its first three draws and at
     each 500th from then on. At the first sign of either, the model runs as it is from there on, with a warning.
 
@@ -87,7 +87,7 @@ class RecordedDensity:
         self._refused = True
         self._recordings.clear()
         warnings.warn(
-            f"the model runs as it is, as compile_model=True can not be done for it: {reason}. A model can be recorded "
+            f"the model runs as it is, as compile_model=True cannot be done for it: {reason}. A model can be recorded "
             "if it neither branches on values nor changes from call to call.",
             RuntimeWarning,
             stacklevel=2,
@@ -101,7 +101,7 @@ def _record(function: Recording, rows: Tensor) -> Recording:
     if any(node.op == "call_function" and not node.users for node in graph.graph.nodes):
         return graph  # which checks something, such as matrices that are factored; TorchScript would drop that
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of a tracer that can not see what a graph does not have
+        warnings.simplefilter("ignore")  # of a tracer that cannot see what a graph does not have
         scripted = torch.jit.trace(graph.eval(), rows, check_trace=False)
         return torch.jit.freeze(scripted)  # type: ignore[no-any-return]
 

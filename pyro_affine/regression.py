@@ -30,7 +30,7 @@ def ridge(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (2.0, 1.0)
     """
     inputs, outputs = inputs.double(), outputs.double()
-    held_out = torch.arange(len(inputs)) % _HELD_OUT == 0
+    held_out = torch.arange(len(inputs), device=inputs.device) % _HELD_OUT == 0
     trained = inputs[~held_out], outputs[~held_out]
     errors = {}
     for penalty in _PENALTIES:
@@ -51,7 +51,7 @@ def _solve(inputs: Tensor, outputs: Tensor, penalty: float) -> tuple[Tensor, Ten
     centre, mean = inputs.mean(0), outputs.mean(0)
     x, y = inputs - centre, outputs - mean
     gram = x.T @ x / len(x)
-    gram += penalty * gram.diagonal().mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+    gram.diagonal().add_(penalty * gram.diagonal().mean().clamp(min=1e-12))
     weight = torch.linalg.solve(gram, x.T @ y / len(x)).T
     return weight, mean - weight @ centre
 

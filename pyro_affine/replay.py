@@ -17,13 +17,22 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_affine.traces import LOG_PROB, Lanes, Reader, Rows, batch_depth, has_density, sample_sites
+from pyro_affine.traces import (
+    BAD_DRAW,
+    LOG_PROB,
+    Lanes,
+    Reader,
+    Rows,
+    batch_depth,
+    draws_at_once,
+    first_line,
+    has_density,
+    sample_sites,
+)
 
 __all__ = ["Replay"]
 
-_NUMERICAL_ERRORS = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 _MAX_CHUNK = 250  # draws in one run; more gain little speed and can need memory that the prototype does not show
-_MAX_ENTRIES = 10_000_000  # of all sites together in one run: 80 MB in float64
 _NUM_PROBES = 5  # draws run both ways; a prime is seldom the size of a plate
 _RTOL_DOUBLE, _RTOL_SINGLE = 1e-7, 1e-5  # rounding of long sums stays below, a mix-up of draws shows above
 
@@ -67,8 +76,7 @@ class Replay:
         sites = sample_sites(self.prototype)
         self._event_dims = {name: sites[name]["fn"].event_dim for name in draws if name in sites}
         self._nesting = max((batch_depth(site) for site in sites.values()), default=0)
-        entries = sum(site["value"].numel() for site in sites.values())
-        self._chunk = max(1, min(_MAX_CHUNK, _MAX_ENTRIES // max(entries, 1)))
+        self._chunk = draws_at_once(self.prototype, _MAX_CHUNK)
         double = all(value.dtype == torch.float64 for value in draws.values() if value.is_floating_point())
         self._rtol = _RTOL_DOUBLE if double else _RTOL_SINGLE
 
@@ -99,7 +107,7 @@ class Replay:
         try:
             together = self._many(self._accepted, read)
         except Exception as error:  # whatever a program written for one draw does with many
-            self._warn(_first_line(error))
+            self._warn(first_line(error))
             return False
         for row, index in enumerate(self._accepted):
             different = self._differences(together, row, self._one([index], read))
@@ -118,8 +126,8 @@ class Replay:
             try:
                 trace = self._run([index], Lanes(1))
                 trace.compute_log_prob(site_filter=has_density)
-            except _NUMERICAL_ERRORS as error:
-                message = message or _first_line(error)
+            except BAD_DRAW as error:
+                message = message or first_line(error)
                 continue
             prototype = prototype or trace
             accepted.append(index)
@@ -170,8 +178,8 @@ class Replay:
     def _try(self, index: Sequence[int], read: Reader, failures: dict[int, str]) -> Rows | None:
         try:
             return self._one(index, read)
-        except _NUMERICAL_ERRORS as error:
-            failures[index[0]] = _first_line(error)
+        except BAD_DRAW as error:
+            failures[index[0]] = first_line(error)
             return None
 
     def _confirms(self, rows: Rows, row: int, read: Reader) -> bool:
@@ -191,7 +199,7 @@ class Replay:
         return bar
 
     def _warn(self, reason: str) -> None:
-        message = f"the {self._label} can not be run at many draws at once ({reason}); running it draw by draw"
+        message = f"the {self._label} cannot be run at many draws at once ({reason}); running it draw by draw"
         warnings.warn(message, stacklevel=_frames_inside_package())
 
 
@@ -221,7 +229,3 @@ def _join(pieces: Sequence[Rows | None]) -> Rows:
 def _blank(value: Tensor) -> Tensor:
     dtype = value.dtype if value.is_floating_point() else torch.float64
     return torch.full_like(value[:1], torch.nan, dtype=dtype)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

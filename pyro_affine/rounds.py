@@ -81,7 +81,8 @@ def fit_posterior_at(
         options: further ones of ``fit_posterior``, such as ``num_steps``.
 
     Returns:
-        What each round took; ``npe`` holds the density of the last. Ctrl-C ends the fit and the rounds with it.
+        What each round took; ``npe`` holds the density of the last. Ctrl-C ends the fit and the rounds with it. Where a
+        round fails, ``npe`` holds the density from before it.
 
     Raises:
         ValueError: as ``fit_posterior`` does; for a batch of data sets; for a density that was passed in trained.
@@ -112,8 +113,12 @@ def fit_posterior_at(
                 kept = [pairs[prior.contains(pairs.latents)] for pairs in kept]
             new = prior.draw(num_simulations, at_once=at_once, progress=progress)
             simulations = join([*kept, new])
-            npe.density = copy.deepcopy(untrained)
-            fit = fit_posterior(npe, simulations=simulations, seed=new_seed(), progress=progress, **options)
+            before, npe.density = npe.density, copy.deepcopy(untrained)
+            try:
+                fit = fit_posterior(npe, simulations=simulations, seed=new_seed(), progress=progress, **options)
+            except BaseException:
+                npe.density = before
+                raise
             rounds.append(Round(fit, prior.acceptance, len(new), len(simulations) - len(new), prior.resampled))
             kept = [simulations]
             if fit.reason == "interrupted":

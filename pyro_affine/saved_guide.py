@@ -29,7 +29,7 @@ _FROM_MODEL = (
 
 @register_class
 class NotSaved:
-    """Stands in a loaded guide for a function among its options, which a file can not hold.
+    """Stands in a loaded guide for a function among its options, which a file cannot hold.
 
     Args:
         path: where it stood.

@@ -1,6 +1,6 @@
 """Scale maps: from the raw output of a conditioner to the log-scale of an affine coupling.
 
-The scale is always ``exp(log_scale)``, so forward, inverse and log-determinant can not disagree. A raw output
+The scale is always ``exp(log_scale)``, so forward, inverse and log-determinant cannot disagree. A raw output
 of 0 gives the log-scale 0: a flow whose conditioners end in zeros starts at the identity. Each map is
 elementwise and monotone, with true derivatives everywhere: no hard clamp, no straight-through gradient.
 """
@@ -141,7 +141,7 @@ class SigmoidScale(ScaleMap):
         min_scale: lower end of the scale, in (0, 1). The default 0.001 hardly binds: it keeps the inverse
             finite.
         max_scale: upper end of the scale, above 1. The default 10.0 lets a layer widen, which the scale of
-            Glow, a sigmoid and so below 1, can not.
+            Glow, a sigmoid and so below 1, cannot.
 
     Raises:
         ValueError: unless 0 < ``min_scale`` < 1 < ``max_scale`` < inf.

@@ -1,4 +1,4 @@
-"""Save and load of a fitted flow or guide: one file that says what it is, and that can not run code.
+"""Save and load of a fitted flow or guide: one file that says what it is, and that cannot run code.
 
 The file is a dict written by ``torch.save``; anyone can look into it with ``torch.load(weights_only=True)``:
 ``format``, ``version``, ``kind`` ("flow" or "guide"), ``written_by`` (versions), ``tree`` (the architecture as
@@ -45,7 +45,7 @@ def save(path: str | os.PathLike[str], flow: nn.Module) -> None:
             A guide's model is code and stays out, and so do functions among its options.
 
     Raises:
-        ValueError: naming the attribute, for what a file can not hold: a function, an unknown class, a hook.
+        ValueError: naming the attribute, for what a file cannot hold: a function, an unknown class, a hook.
         OSError: if the disk refuses.
 
     >>> import tempfile
@@ -77,7 +77,7 @@ def save(path: str | os.PathLike[str], flow: nn.Module) -> None:
 def load(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> Any:
     """The flow in a file written by ``save``: the same density, to the last bit on the same kind of device.
 
-    Safe for a file from anyone: it can not run code, and only listed classes are made (see ``known_classes``).
+    Safe for a file from anyone: it cannot run code, and only listed classes are made (see ``known_classes``).
 
     Args:
         path: the file.
@@ -233,17 +233,17 @@ def _blaming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path} can not be loaded: {error}") from error
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} can not be loaded, it is not as save writes it ({reason})") from error
+        raise ValueError(f"{path} cannot be loaded, it is not as save writes it ({reason})") from error
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # a clone: one entry of stride 0 counts as contiguous, yet its bytes can not be viewed
+        # a clone: one entry of stride 0 counts as contiguous, yet its bytes cannot be viewed
         data = tensor.flatten().clone(memory_format=torch.contiguous_format)
         digest.update(data.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

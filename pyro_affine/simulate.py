@@ -21,7 +21,7 @@ from pyro_affine.random_state import seeded
 from pyro_affine.simulations import Simulations, Simulator
 
 _EPOCHS, _FEWEST_EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 100, 20, 300, 10_000
-_FEWEST_ROWS = 10  # a start at a regression needs some
+_FEWEST_ROWS = 11  # of which a tenth, two, are held out
 _WAIT = 400  # steps without a new best on held-out simulations
 
 
@@ -95,8 +95,9 @@ class NeuralPosterior:
         if density is None:
             flow: dict[str, Any] = {"num_layers": num_layers, "hidden_dims": hidden_dims, "activation": activation}
             encoder = DataEncoder(observed_shapes, _by_site(summary, self.simulator.observed))
-            density = AmortisedDensity(self.layout.size, encoder, seed=seed, **flow).to(sites[names[0]]["value"])
-        _require_same(density, self.layout.size, observed_shapes)
+            density = AmortisedDensity(self.layout.size, encoder, latents=self.layout.shapes, seed=seed, **flow)
+            density = density.to(self.layout.unconstrain({name: sites[name]["value"] for name in names}))
+        _require_same(density, self.layout, observed_shapes)
         self.density = density
         self.untrained = None if density.standardized else copy.deepcopy(density)
 
@@ -107,7 +108,7 @@ class NeuralPosterior:
     def condition(
         self, data: Mapping[str, Any], *, args: Sequence[Any] | None = None, kwargs: dict[str, Any] | None = None
     ) -> AmortisedPosterior:
-        """The posterior at these data.
+        """The posterior at these data, for the weights of now: after more training, call it again.
 
         Args:
             data: value of each observed site, as the model draws it, or with a batch of data sets in front.
@@ -122,6 +123,7 @@ class NeuralPosterior:
             self.density,
             self.layout,
             data,
+            like={name: simulator.sites[name]["value"] for name in simulator.observed},
             model=self.model if simulator.has_likelihood else None,
             args=simulator.args if args is None else args,
             kwargs=simulator.kwargs if kwargs is None else kwargs,
@@ -133,6 +135,20 @@ class NeuralPosterior:
 
         Shapes: (N, number of unconstrained entries), (N, width of the packed data).
         """
+        latents, packed, finite = self._pairs(simulations)
+        if finite.sum() < _FEWEST_ROWS:
+            raise ValueError(
+                f"{_FEWEST_ROWS} simulations at least must be finite, got {int(finite.sum())} of {len(finite)}; "
+                "simulate more, and look at one run of the model"
+            )
+        return latents[finite], packed[finite]
+
+    def finite(self, simulations: Simulations) -> Simulations:
+        """The simulations that ``pairs`` keeps, with the same warning."""
+        return simulations[self._pairs(simulations)[2]]
+
+    def _pairs(self, simulations: Simulations) -> tuple[Tensor, Tensor, Tensor]:
+        """Unconstrained latents, packed data, and in which rows both are finite."""
         _require_rows(simulations)
         self.layout.require_values(simulations.latents)
         latents = self.layout.unconstrain(simulations.latents)
@@ -142,14 +158,9 @@ class NeuralPosterior:
             warnings.warn(
                 f"{int((~finite).sum())} of {len(finite)} simulations are not finite and left out, so the prior is cut "
                 "to where data are finite; if NaN stands for missing rows, use a summary such as DeepSets",
-                stacklevel=3,
+                stacklevel=4,
             )
-        if finite.sum() < _FEWEST_ROWS:
-            raise ValueError(
-                f"{_FEWEST_ROWS} simulations at least must be finite, got {int(finite.sum())} of {len(finite)}; "
-                "simulate more, and look at one run of the model"
-            )
-        return latents[finite], packed[finite]
+        return latents, packed, finite
 
     def _no_likelihood(self) -> str:
         if self.simulator.averaged:
@@ -175,8 +186,8 @@ def fit_posterior(
 
     A tenth of the simulations is held out; the fit ends when their log-density no longer rises, and keeps the weights
     that are best on them. With no budget given (``num_steps``, ``num_epochs`` or ``seconds``) it takes at most 100
-    passes over the simulations, within 300 and 10,000 steps: where simulations are few, more passes learn them by
-    heart. A second call goes on with the weights of the first, on new simulations.
+    passes over the simulations, within 300 and 10,000 steps: where simulations are few, more passes overfit.
+    A second call goes on with the weights of the first, on new simulations.
 
     Args:
         npe: what to train.
@@ -238,12 +249,13 @@ def _by_site(summary: Any, observed: Sequence[str]) -> Mapping[str, nn.Module]:
     return summary or {}
 
 
-def _require_same(density: AmortisedDensity, size: int, shapes: dict[str, torch.Size]) -> None:
-    found = density.event_shape.numel(), density.encoder.shapes
-    if found != (size, shapes):
+def _require_same(density: AmortisedDensity, layout: LatentLayout, shapes: dict[str, torch.Size]) -> None:
+    known = layout.shapes if density.latents is None else density.latents
+    wanted = _words(layout.size, layout.shapes, shapes)
+    found = _words(density.event_shape.numel(), known, density.encoder.shapes)
+    if found != wanted:
         raise ValueError(
-            f"the density must be for {size} unconstrained latents and observed sites {_words(shapes)}, got one for "
-            f"{found[0]} and {_words(found[1])}; pass the model that it was trained for"
+            f"the density must be for {wanted}, got one for {found}; pass the model that it was trained for"
         )
 
 
@@ -255,8 +267,9 @@ def _require_rows(simulations: Simulations) -> None:
         )
 
 
-def _words(shapes: Mapping[str, torch.Size]) -> str:
-    return str({name: tuple(shape) for name, shape in shapes.items()})
+def _words(size: int, *parts: Mapping[str, torch.Size]) -> str:
+    latents, observed = ({name: tuple(shape) for name, shape in shapes.items()} for shapes in parts)
+    return f"latents {latents}, {size} unconstrained numbers in all, and observed sites {observed}"
 
 
 def _cut(simulations: Simulations, encoder: DataEncoder, sizes: tuple[int, int]) -> Simulations:
@@ -268,10 +281,11 @@ def _cut(simulations: Simulations, encoder: DataEncoder, sizes: tuple[int, int])
             f"sizes must be two numbers of rows between 1 and {largest}, those of sites with a set summary such as "
             f"DeepSets, got {sizes} for sites {sets}"
         )
-    number = torch.randint(sizes[0], sizes[1] + 1, (len(simulations),))
     data = dict(simulations.data)
+    device = data[sets[0]].device
+    number = torch.randint(sizes[0], sizes[1] + 1, (len(simulations),), device=device)
     for name in sets:
-        missing = torch.arange(data[name].shape[1]) >= number[:, None]
-        rank = data[name].dim() - 2
-        data[name] = data[name].masked_fill(missing.reshape(*missing.shape, *[1] * rank), torch.nan)
+        rows = data[name] if data[name].is_floating_point() else data[name].to(encoder.loc.dtype)
+        missing = torch.arange(rows.shape[1], device=device) >= number[:, None]
+        data[name] = rows.masked_fill(missing.reshape(*missing.shape, *[1] * (rows.dim() - 2)), torch.nan)
     return Simulations(simulations.latents, data)

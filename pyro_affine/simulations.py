@@ -13,12 +13,24 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
+from torch.distributions import biject_to
 
-from pyro_affine.particles import _is_delta, first_success
+from pyro_affine.particles import first_success
 from pyro_affine.random_state import new_seed, seeded
 from pyro_affine.replay import Replay
 from pyro_affine.support_check import _agree
-from pyro_affine.traces import Lanes, Rows, Site, is_data, is_deterministic, read_log_prob, sample_sites, value_reader
+from pyro_affine.traces import (
+    Lanes,
+    Rows,
+    Site,
+    is_data,
+    is_delta,
+    is_deterministic,
+    read_log_prob,
+    require_whole_plates,
+    sample_sites,
+    value_reader,
+)
 
 _NUM_PROBES = 5  # runs that must agree in their sites and supports
 _CHUNK = 1000  # simulations in a file
@@ -163,6 +175,11 @@ class Simulator:
     def allows_many(self) -> bool:
         """Whether log-densities and deterministic sites of runs in a plate are those of single runs; else a warning."""
         if any(_shapes(sample_sites(trace)) != _shapes(self.sites) for trace in self.probes):
+            warnings.warn(
+                "the model cannot be run at many draws at once (its sites or their shapes differ from run to run); "
+                "running it draw by draw",
+                stacklevel=4,
+            )
             return False
         drawn = [name for name, site in self.sites.items() if not is_deterministic(site)]
         values: Rows = {name: torch.stack([trace.nodes[name]["value"] for trace in self.probes]) for name in drawn}
@@ -185,15 +202,15 @@ class Simulator:
                     f"each run must have the same sites of the same shapes, got site '{name}' missing or of another "
                     "shape in some run; let the model fill it up to the largest shape, with NaN where there is nothing"
                 )
-            _check_subsample(name, self.sites[name])
+            require_whole_plates({name: self.sites[name]["cond_indep_stack"]})
         others = [name for name, site in self.sites.items() if site["is_observed"] and not is_deterministic(site)]
         if others:
             raise ValueError(
                 f"every site that the model conditions on must be in observed, got {others} left; simulations from the "
-                "prior can not honour it: add it to observed, or move what it says into the prior"
+                "prior cannot honour it: add it to observed, or move what it says into the prior"
             )
         for name in self.latents:
-            _check_support(name, [trace.nodes[name]["fn"] for trace in self.probes])
+            _check_support(name, [trace.nodes[name] for trace in self.probes])
 
     def _recorded_seed(self, folder: Path, seed: int | None) -> int:
         """The seed that the files of a folder began with; the first call writes it, with the sites."""
@@ -237,30 +254,29 @@ def _shapes(sites: dict[str, Site]) -> dict[str, tuple[int, ...]]:
 
 def _is_black_box(site: Site) -> bool:
     """Whether the density of a site is not known: the output of a simulator."""
-    return is_deterministic(site) or _is_delta(site["fn"])
+    return is_deterministic(site) or is_delta(site["fn"])
 
 
-def _check_support(name: str, distributions: list[Any]) -> None:
-    if distributions[0].support.is_discrete:
+def _check_support(name: str, found: list[Site]) -> None:
+    support = found[0]["fn"].support
+    if support.is_discrete:
         raise ValueError(
             f"a latent must be continuous, got the discrete site '{name}'; leave it out of latents=, and it is "
             "averaged over, or make it a continuous one"
         )
-    if not all(_agree(distributions[0], other) for other in distributions[1:]):
+    try:
+        biject_to(support)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"a latent must have a support that maps to unconstrained numbers one to one, got site '{name}' on "
+            f"{support}; for a covariance matrix sample scales and LKJCholesky, and multiply them"
+        ) from error
+    if not all(_agree(found[0], other) for other in found[1:]):
         raise ValueError(
             f"the support of a latent must not depend on other latents, got site '{name}' with another support in "
             "each run; sample it on a fixed support and transform it, such as fraction ~ Uniform(0, 1) and "
             "(1 - a) * fraction in place of Uniform(0, 1 - a)"
         )
-
-
-def _check_subsample(name: str, site: Site) -> None:
-    for frame in site["cond_indep_stack"]:
-        if frame.full_size is not None and frame.size is not None and frame.size < frame.full_size:
-            raise ValueError(
-                f"a site must not lie in a plate that subsamples, got site '{name}' in plate '{frame.name}' with "
-                f"{frame.size} of {frame.full_size}; simulate whole data sets"
-            )
 
 
 def join(pieces: Sequence[Simulations]) -> Simulations:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows of D entries, whole or cut in two: (B, D), or (B, first) and (B, D - first)."""
@@ -26,12 +26,14 @@ class Made(NamedTuple):
         log_det: log|det dy/dx|, shape (B,), or terms to be summed, shape (B, k); None for 0.
         pull: (grad, grad_log_det, wanted) -> (gradient of what was given, gradients of the tensors in turn), with
             grad_log_det of shape (B, 1), or None for 0. It may be called more than once.
-        push: score at x -> score at y; None in the inverse direction.
+        push: score at x -> score at y; none in the inverse direction.
+
+    Without a record there may be neither.
     """
 
     value: Rows
     log_det: Tensor | None
-    pull: Callable[[Any, Tensor | None, Wanted], tuple[Rows, Sequence[Tensor]]]
+    pull: Callable[[Any, Tensor | None, Wanted], tuple[Rows, Sequence[Tensor]]] | None = None
     push: Callable[[Any], Rows] | None = None
 
 
@@ -49,8 +51,3 @@ class Step(Protocol):
 
     def inverse(self, y: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         """From the data side to the base side, likewise."""
-
-
-def hooks_of(module: nn.Module) -> list[Any]:
-    """The tables of hooks of a module, which only a call of it would run."""
-    return [module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_affine.batches import RowCheck, Rows
+from pyro_affine.batches import RowCheck, Rows, require_rows
 from pyro_affine.stored_rows import StoredRows, stored_rows
 
 _PLACES = 512  # all over the file, where rows are held out
@@ -140,8 +140,7 @@ def split_stored(
     sources = _sources(data, context, check, "data")
     wanted = min(math.ceil(share * len(sources[0])), _most(sources, check.dtype))
     held_out = spread_rows(len(sources[0]), wanted, seed)
-    if len(sources[0]) - len(held_out) < 2 or len(held_out) == 1:
-        raise ValueError(f"data must have 2 rows to train on and 2 to hold out, if any, got {len(sources[0])} in all")
+    require_rows(len(sources[0]), len(held_out))
     batches = StoredBatches(sources, held_out, dtype=check.dtype, batch_size=batch_size, seed=order)
     return batches, _rows_at(sources, held_out, check.dtype) if len(held_out) else None
 

@@ -114,7 +114,7 @@ def _open_array(name: str) -> Any:
     try:
         return np.load(name, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{name} must be a whole .npy file of numbers; NumPy can not map it: {error}") from error
+        raise ValueError(f"{name} must be a whole .npy file of numbers; NumPy cannot map it: {error}") from error
 
 
 def _array_rows(array: Any, columns: Any, name: str, buffer_bytes: int) -> StoredRows:
@@ -158,7 +158,7 @@ def import_arrow() -> Any:
         import pyarrow.dataset
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError('Parquet needs pyarrow, which is not installed: pip install "pyro-affine[tables]"') from error
+        raise ImportError("Parquet needs pyarrow, which is not installed: pip install pyarrow") from error
     return pyarrow
 
 
@@ -177,7 +177,7 @@ def _dataset_rows(dataset: Any, columns: Any, name: str, buffer_bytes: int) -> S
     arrow = import_arrow()
     names = [str(column) for column in (dataset.schema.names if columns is None else columns)]
     _check_columns(dataset.schema, names, name)
-    groups = list(_row_groups(dataset))
+    groups = [(group, num_rows) for group, num_rows in _row_groups(dataset) if num_rows]
     starts = np.cumsum([0, *(num_rows for _, num_rows in groups)])
 
     def read(start: int, stop: int) -> Any:

@@ -1,7 +1,7 @@
 """Summary networks for i.i.d. data: the order of the rows does not matter, and their number may vary.
 
 Both take rows of shape batch + (n, row_dim) and a mask of shape batch + (n,), True = kept, and give a vector for
-each set. The number of rows goes in too, as log(1 + n): a mean alone can not tell how precise it is.
+each set. The number of rows goes in too, as log(1 + n): a mean alone cannot tell how precise it is.
 """
 
 from __future__ import annotations

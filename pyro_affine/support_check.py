@@ -1,4 +1,4 @@
-"""Two ways to get a wrong answer from an ``AutoContinuous`` guide without an error, made errors here."""
+"""Three ways to get a wrong answer from an ``AutoContinuous`` guide without an error, made errors here."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, register_kl
 
 from pyro_affine.random_state import seeded
+from pyro_affine.traces import require_whole_plates
 
 _SHIFTS = (0.5, 0.1, 0.01)  # how far the latents are moved for a second look, in unconstrained space
 
@@ -30,7 +31,7 @@ def require_fixed_supports(guide: AutoContinuous, args: Sequence[Any], kwargs: d
     found = _second_look(guide, args, kwargs)
     for site, _ in guide._unpack_latent(guide._init_loc()):
         name = site["name"]
-        if name in found and not _agree(site["fn"], found[name]["fn"]):
+        if name in found and not _agree(site, found[name]):
             raise ValueError(
                 f"the support of a site must not depend on other latents, got site '{name}' with another support at "
                 "other values of the latents: the guide would use the support of one draw for all. Sample it on a "
@@ -57,11 +58,12 @@ def _second_look(guide: AutoContinuous, args: Sequence[Any], kwargs: dict[str, A
 
 
 def _agree(first: Any, second: Any) -> bool:
-    maps = biject_to(first.support), biject_to(second.support)
-    shape = maps[0].inverse_shape(first.shape())
-    if maps[1].inverse_shape(second.shape()) != shape:
+    """Whether two sites have one support."""
+    maps = biject_to(first["fn"].support), biject_to(second["fn"].support)
+    shape = maps[0].inverse_shape(first["fn"].shape())
+    if maps[1].inverse_shape(second["fn"].shape()) != shape:
         return True  # a plate that subsamples, say: not for this check
-    one, other = (transform(torch.full(shape, 0.3)) for transform in maps)
+    one, other = (transform(first["value"].new_full(shape, 0.3)) for transform in maps)
     return torch.allclose(one, other, rtol=1e-4, equal_nan=True)
 
 
@@ -102,6 +104,27 @@ class ConstraintMarker(poutine.messenger.Messenger):
         fn = message["fn"]
         if message["name"] in self._names and type(fn) is dist.Delta:
             message["fn"] = ConstrainedDelta(fn.v, fn.log_density, fn.event_dim)
+
+
+class CheckedGuide(AutoContinuous):
+    """A guide that refuses a model to which it would give a wrong answer: at the first call, and at each after it."""
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        require_whole_plates(self._cond_indep_stacks)
+        require_fixed_supports(self, args, kwargs)
+        self._constrained = constrained_sites(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """A draw of each latent site, as of any autoguide."""
+        if self.prototype_trace is None:
+            try:
+                self._setup_prototype(*args, **kwargs)
+            except BaseException:
+                self.prototype_trace = None  # else the next call would go on with half a guide
+                raise
+        with ConstraintMarker(self._constrained):
+            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
 
 
 @register_kl(ConstrainedDelta, Distribution)  # type: ignore[untyped-decorator]

@@ -97,7 +97,8 @@ class LoopOptions:
 def arguments_of(
     task: Task, optimizer: torch.optim.Optimizer, *, budget: Any, rule: Any, options: LoopOptions
 ) -> dict[str, str]:
-    """What a fit and a checkpoint of it must agree in."""
+    """What a fit and a checkpoint of it must agree in; the learning rate as given is among the task's arguments."""
+    settings = {name: value for name, value in optimizer.defaults.items() if name != "lr"}  # which may go by the clock
     arguments = {
         "fit": task.kind,
         "num_steps": budget.num_steps,
@@ -106,10 +107,22 @@ def arguments_of(
         "warmup": options.warmup,
         "evaluate_every": options.evaluate_every,
         rule.name: rule.limit,
-        "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
+        "optimizer": f"{type(optimizer).__name__} {settings}",
         **task.arguments,
     }
     return {name: str(value) for name, value in arguments.items()}
+
+
+def check_optimizer(factory: OptimizerFactory, learning_rate: float | None) -> None:
+    """Raise a ValueError if an optimiser is already made, or one of Pyro's, or the learning rate is not positive."""
+    kinds = PyroOptim | torch.optim.Optimizer
+    if isinstance(factory, kinds) or factory is torch.optim.LBFGS or not callable(factory):
+        raise ValueError(
+            f"optimizer must be a factory called with (parameters, lr=...) whose steps need no closure, got "
+            f"{factory!r}; pass torch.optim.Adam, or functools.partial(torch.optim.Adam, betas=(0.9, 0.99))"
+        )
+    if learning_rate is not None and not learning_rate > 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}")
 
 
 def make_optimizer(factory: OptimizerFactory, parameters: list[Any], **options: Any) -> torch.optim.Optimizer:
@@ -121,19 +134,11 @@ def make_optimizer(factory: OptimizerFactory, parameters: list[Any], **options: 
         options: keyword arguments, ``lr`` among them.
 
     Raises:
-        ValueError: if there is nothing to train, the learning rate is not positive, or ``factory`` is an optimiser
-            that is already made, or one of Pyro's.
+        ValueError: if there is nothing to train, or as in ``check_optimizer``.
     """
-    kinds = PyroOptim | torch.optim.Optimizer
-    if isinstance(factory, kinds) or factory is torch.optim.LBFGS or not callable(factory):
-        raise ValueError(
-            f"optimizer must be a factory called with (parameters, lr=...) whose steps need no closure, got "
-            f"{factory!r}; pass torch.optim.Adam, or functools.partial(torch.optim.Adam, betas=(0.9, 0.99))"
-        )
+    check_optimizer(factory, options["lr"])
     if not parameters:
         raise ValueError("there must be something to train, got no parameter that requires a gradient")
-    if not options["lr"] > 0:
-        raise ValueError(f"learning_rate must be positive, got {options['lr']}")
     if factory in (torch.optim.Adam, torch.optim.AdamW):
         options["fused"] = True  # one operator instead of eight for each of many small parameters
     return factory(parameters, **options)

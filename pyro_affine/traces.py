@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 __all__ = [
+    "BAD_DRAW",
     "LOG_PROB",
     "Lanes",
     "Reader",
     "Rows",
     "Site",
     "batch_depth",
+    "draws_at_once",
+    "first_line",
     "has_density",
     "is_data",
+    "is_delta",
     "is_deterministic",
+    "is_random_subsample",
     "pointwise_log_prob",
     "pointwise_reader",
     "read_log_prob",
+    "require_whole_plates",
     "sample_sites",
     "value_reader",
 ]
@@ -32,6 +38,14 @@ Rows = dict[str, Tensor]  # the leading axis of every tensor is the draw
 Site = Any  # a node of a trace: a dict of its name, distribution "fn", value, and so on
 
 LOG_PROB = "__log_prob__"  # key of a log-density among tensors named by site
+# What a draw far out makes a model raise. Other errors are for the user to see at once.
+BAD_DRAW = (ValueError, ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+_MAX_ENTRIES = 10_000_000  # of all sites together in one run: 80 MB in float64
+
+
+def first_line(error: Exception) -> str:
+    """First line of an error's message, or its name where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,36 @@ def is_data(site: Site) -> bool:
     return bool(site["is_observed"]) and not is_deterministic(site) and not site_is_factor(site)
 
 
+def is_delta(fn: Any) -> bool:
+    """Whether a distribution is a point, whatever is wrapped around it."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def is_random_subsample(site: Site) -> bool:
+    """Whether a node holds the rows of a plate that takes others in each call."""
+    if site["type"] != "sample" or not site_is_subsample(site) or site["is_observed"]:
+        return False
+    size, full_size = site["fn"].subsample_size, site["fn"].size
+    return size is not None and size < full_size
+
+
+def require_whole_plates(stacks: Mapping[str, Iterable[Any]]) -> None:
+    """Raise a ValueError if a site has but a part of its plate, which would be mixed up with other parts.
+
+    Args:
+        stacks: the ``cond_indep_stack`` of each site.
+    """
+    for name, frames in stacks.items():
+        for frame in frames:
+            if frame.full_size is not None and frame.size < frame.full_size:
+                raise ValueError(
+                    f"a site must hold all of its plate, got {frame.size} of {frame.full_size} of plate {frame.name!r} "
+                    f"at site {name!r}; use the whole data, or a conditional NormalizingFlow as guide of such sites"
+                )
+
+
 def has_density(name: str, site: Site) -> bool:
     """Whether a site counts in the log-density."""
     return not site_is_subsample(site) and not is_deterministic(site)
@@ -102,6 +146,18 @@ def batch_depth(site: Site) -> int:
     frames = [-frame.dim for frame in site["cond_indep_stack"] if frame.vectorized]
     undeclared = 0 if is_deterministic(site) else len(site["fn"].batch_shape)
     return int(max([undeclared, *frames]))
+
+
+def draws_at_once(trace: Any, most: int) -> int:
+    """How many draws a run should hold, of a program whose trace for one draw is given: few where its sites are large.
+
+    >>> import pyro, pyro.distributions as dist
+    >>> trace = pyro.poutine.trace(lambda: pyro.sample("y", dist.Normal(torch.zeros(10**6), 1.0)))
+    >>> draws_at_once(trace.get_trace(), most=256)
+    10
+    """
+    entries = sum(int(site["value"].numel()) for site in sample_sites(trace).values())
+    return max(1, min(most, _MAX_ENTRIES // max(entries, 1)))
 
 
 def read_log_prob(trace: Any, lanes: Lanes) -> Rows:

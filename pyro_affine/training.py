@@ -13,13 +13,13 @@ from torch import Tensor
 from pyro_affine.checkpoint import check_same, fingerprint, read_checkpoint, write_checkpoint
 from pyro_affine.distributed import ALONE, Processes
 from pyro_affine.fit_result import FitResult, NonFiniteError
-from pyro_affine.particles import BAD_DRAW, first_line
 from pyro_affine.progress import ProgressBar
 from pyro_affine.random_state import random_state, set_random_state
 from pyro_affine.recovery import PERSISTENT, RESCUE_FACTOR, Recovery
 from pyro_affine.step_size import MedianClip, gradient_norm, learning_rate_factor
 from pyro_affine.stopping import Budget, Patience, Plateau, is_better, mean_and_error
 from pyro_affine.task import LoopOptions, Task, arguments_of
+from pyro_affine.traces import BAD_DRAW, first_line
 from pyro_affine.trained_weights import MovingAverage, Weights
 
 _SLOW = 0.5  # the learning rate must have fallen by half before a rule ends the fit: that is when averaging pays
@@ -214,7 +214,7 @@ class TrainingLoop:
             self._best = {"value": value, "step": self.budget.step, "weights": scored}
         if self.budget.decaying and not self._decay_begun:
             self._begin_decay()
-        if self.budget.step and self.rule.update(scores):  # a fit that has not begun can not have stalled
+        if self.budget.step and self.rule.update(scores):  # a fit that has not begun cannot have stalled
             self._settle()
 
     def _settle(self) -> None:
@@ -236,7 +236,7 @@ class TrainingLoop:
 
     def _start_again(self) -> None:
         self._go_to_best()
-        self.optimizer.state.clear()  # moments of what was learnt by heart make steps too small for a higher decay
+        self.optimizer.state.clear()  # moments from overfitting make steps too small for a higher decay
         self._restarted = self.budget.step
 
     def _begin_decay(self) -> None:
@@ -271,7 +271,7 @@ class TrainingLoop:
             return
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         own = {"boundary": self._boundary, "best": self._best, "evaluated": self._evaluated}
-        own |= {"restarted": self._restarted, "decay_begun": self._decay_begun}
+        own |= {"restarted": self._restarted, "decay_begun": self._decay_begun, "rates": self._rates}
         last = {"weights": self.weights.copy(), "finished": bool(self.result.reason)}
         state = {**self._identity, **parts, **own, **last}
         write_checkpoint(self.options.checkpoint, state)
@@ -288,7 +288,7 @@ class TrainingLoop:
             part.load_state_dict(state[name])
         self.weights.restore(state["weights"])
         self._best, self._evaluated, self._restarted = state["best"], state["evaluated"], state.get("restarted", 0)
-        self._decay_begun = state["decay_begun"]
+        self._decay_begun, self._rates = state["decay_begun"], state["rates"]
         self.task.load_state_dict(state["boundary"]["task"])
         set_random_state(state["boundary"]["random_state"])
         return bool(state["finished"])

@@ -6,12 +6,14 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.distributions import TransformModule
 from torch import Size, Tensor, nn
 from torch.distributions import constraints
+
+from pyro_affine.cache import Pair, Slot, Slots, State
 
 
 class FlowTransform(TransformModule):
@@ -53,7 +55,7 @@ class FlowTransform(TransformModule):
         self.event_shape = None if event_shape is None else Size(event_shape)
         if min(self.event_shape or (1,)) < 1:
             raise ValueError(f"an event needs one entry at least in each dimension, got shape {event_shape}")
-        self._pair: _Pair | None = None
+        self._pair: Pair | None = None
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
@@ -112,7 +114,7 @@ class FlowTransform(TransformModule):
         self._pair = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_inv": None, "_pair": None, "_slots": None, "_step": None, "_plan": None}
+        return {**self.__dict__, "_inv": None, "_pair": None, "_slots": None, "_plan": None}
 
     def forward_shape(self, shape: Size) -> Size:
         """Shape of y given the shape of x, the transform's batch shape broadcast in."""
@@ -172,54 +174,38 @@ class FlowTransform(TransformModule):
             return  # inference tensors count no versions: a change in place would go unseen
         key = weakref.ref(made, partial(_forget, weakref.ref(self)))
         versions = (made._version, given._version, log_det._version)
-        self._pair = _Pair(key, given, log_det, is_forward, versions, torch.is_grad_enabled(), self._state())
+        self._pair = Pair(key, given, log_det, is_forward, versions, torch.is_grad_enabled(), self._state())
 
-    def _recall(self, made: Tensor, is_forward: bool) -> _Pair | None:
+    def _recall(self, made: Tensor, is_forward: bool) -> Pair | None:
         """The pair whose made tensor is this one, if nothing has changed since."""
         pair = None if torch.compiler.is_compiling() else self._pair
         if pair is None or pair.made() is not made or pair.is_forward is not is_forward:
             return None
         unchanged = (made._version, pair.given._version, pair.log_det._version) == pair.versions
         suffices = pair.with_grad or not torch.is_grad_enabled()
-        return pair if unchanged and suffices and _same(pair.state, self._state()) else None
+        return pair if unchanged and suffices and pair.state.equals(self._state()) else None
 
     def _tensors(self) -> Iterator[Tensor]:
-        """Parameters and buffers as they are now; walking the modules each time would cost more than a layer."""
-        slots = self.__dict__.get("_slots")
-        if slots is None or any(name not in holder for holder, name in slots):
-            slots = self.__dict__["_slots"] = list(self._find_slots())
-        return (holder[name] for holder, name in slots if holder[name] is not None)
+        """Parameters and buffers as they are now."""
+        return self._found().tensors()
 
-    def _find_slots(self) -> Iterator[_Slot]:
+    def _state(self) -> State:
+        return State.of(self._found())
+
+    def _found(self) -> Slots:
+        slots: Slots | None = self.__dict__.get("_slots")
+        if slots is None or not slots.hold():
+            slots = self.__dict__["_slots"] = Slots(self, self._find_slots())
+        return slots
+
+    def _find_slots(self) -> Iterator[Slot]:
         for module in self.modules():
             yield from ((holder, name) for holder in (module._parameters, module._buffers) for name in holder)
             if isinstance(module, FlowTransform):
                 yield from module._extra_slots()
 
-    def _extra_slots(self) -> Iterable[_Slot]:
+    def _extra_slots(self) -> Iterable[Slot]:
         return ()  # tensors that are neither parameters nor buffers of a Module
-
-    def _state(self) -> _State:
-        """All tensors, whether each is trained, and a copy of what they hold (none in a trace, which freezes them)."""
-        tensors = list(self._tensors())
-        empty = not tensors or torch.jit.is_tracing()  # type: ignore[attr-defined]
-        with torch.no_grad():
-            values = None if empty else torch.cat([tensor.reshape(-1) for tensor in tensors])
-        return tensors, [t.requires_grad for t in tensors], values
-
-
-_Slot = tuple[dict[str, Any], str]
-_State = tuple[list[Tensor], list[bool], Any]
-
-
-class _Pair(NamedTuple):
-    made: Callable[[], Tensor | None]
-    given: Tensor
-    log_det: Tensor
-    is_forward: bool
-    versions: tuple[int, int, int]
-    with_grad: bool
-    state: _State
 
 
 def _forget(transform: weakref.ref[FlowTransform], key: object) -> None:
@@ -227,16 +213,6 @@ def _forget(transform: weakref.ref[FlowTransform], key: object) -> None:
     owner = transform()
     if owner is not None and owner._pair is not None and owner._pair.made is key:
         owner._pair = None
-
-
-def _same(old: _State, new: _State) -> bool:
-    (tensors, trained, values), (tensors_now, trained_now, values_now) = old, new
-    if trained != trained_now or any(a is not b for a, b in zip(tensors, tensors_now, strict=True)):
-        return False
-    try:
-        return values is values_now or torch.equal(values, values_now)
-    except (RuntimeError, TypeError):  # values that vmap hides; a pair from outside the trace
-        return False
 
 
 def _require_finite(value: Tensor, where: str) -> None:

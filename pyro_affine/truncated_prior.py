@@ -39,8 +39,9 @@ class Region:
     def of(cls, posterior: AmortisedPosterior, epsilon: float) -> Region:
         """The region that holds all but a share ``epsilon`` of the posterior's draws."""
         num_draws = min(max(_ROWS, round(_LEAST_KEPT / epsilon)), _MOST_DRAWS)
-        log_prob = posterior.log_prob(posterior.sample(num_draws))
-        return cls(posterior, epsilon, float(log_prob.double().quantile(epsilon)))
+        log_prob = posterior.log_prob(posterior.sample(num_draws)).double()
+        finite = log_prob[log_prob.isfinite()]  # rounding takes draws of large simplexes out of their support
+        return cls(posterior, epsilon, float(finite.quantile(epsilon)))
 
     def contains(self, values: Rows) -> Tensor:
         """Whether latents lie in it. Shape: (N,)."""
@@ -82,7 +83,8 @@ class TruncatedPrior:
 
     def contains(self, values: Rows) -> Tensor:
         """Whether latents lie in every region. Shape: (N,)."""
-        inside = torch.ones(len(next(iter(values.values()))), dtype=torch.bool)
+        first = next(iter(values.values()))
+        inside = torch.ones(len(first), dtype=torch.bool, device=first.device)
         for region in self.regions:
             if inside.any():
                 inside[inside.clone()] = region.contains({name: x[inside] for name, x in values.items()})

@@ -97,7 +97,7 @@ def _judge_bad(evidence: Evidence) -> tuple[str, str]:
         advice = "fit longer or with more layers, then try a base with heavier tails (Student-t) or NeuTra"
         return "Do not trust the weighted draws, a few of them carry the estimates", advice
     advice = "fit longer, then try more layers, a base with heavier tails (Student-t), or NUTS through NeuTra"
-    tail = "has no mean" if math.isfinite(evidence.khat) else "can not be fitted"
+    tail = "has no mean" if math.isfinite(evidence.khat) else "cannot be fitted"
     return f"Do not trust the weighted draws, the tail of the weights {tail}", advice
 
 

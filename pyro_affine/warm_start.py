@@ -49,7 +49,7 @@ class Effort:
 _THOROUGH = Effort(7, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 256, trials=(0.25, 0.3))
 _SLOW = Effort(15, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 64, climb=0.6, refine=0.35)
 _SLOW_ROWS = replace(_SLOW, num_random_starts=0)
-_WIDE = Effort(0, (), 0, 64, trials=(0.4, 0.4))  # no ascents where a matrix can not be afforded
+_WIDE = Effort(0, (), 0, 64, trials=(0.4, 0.4))  # no ascents where a matrix cannot be afforded
 _ONE_BY_ONE = Effort(0, (1.0, 0.2, 0.01), 4, 8, refine=0.7)
 
 
@@ -88,7 +88,7 @@ def find_gaussian(
     their ends. Both are refined by natural gradients, as a mode in the neck of a funnel can be far from the best
     Gaussian, and the better one by more if it has not stalled. Each choice is by ELBO on common draws.
 
-    For more latents than ``LARGEST_DENSE``, where a matrix can not be afforded, there are no ascents: the second
+    For more latents than ``LARGEST_DENSE``, where a matrix cannot be afforded, there are no ascents: the second
     rival is at 0 in unconstrained space, and the Gaussian has independent entries. A density that changes from call
     to call, that of a model with randomly subsampled plates, is not searched at all: N(init_loc, init_scale^2 I) is
     returned.

@@ -13,6 +13,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from pyro.infer.mcmc.util import initialize_model
 from pyro.infer.reparam import NeuTraReparam
 from pyro.ops.integrator import potential_grad
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -40,7 +41,7 @@ class WarpedModel:
         latent: a draw of the base. Shape: (D,).
 
     Raises:
-        ValueError: if the guide has no transform that is free of the arguments.
+        ValueError: if the guide has no transform that is free of the arguments, or lacks a latent site of the model.
 
     Source: NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman et al., 2019).
     """
@@ -55,6 +56,12 @@ class WarpedModel:
         trace = poutine.trace(self._warped).get_trace(*args, **kwargs)
         (self.name,) = (name for name in trace.stochastic_nodes if name.endswith("_shared_latent"))
         self.latent: Tensor = trace.nodes[self.name]["value"].detach()
+        missing = [n for n in trace.stochastic_nodes if n != self.name and not site_is_subsample(trace.nodes[n])]
+        if missing:
+            raise ValueError(
+                f"every latent site of the model must be in the guide, got none for {missing}; pass the data, and sum "
+                "discrete sites out"
+            )
 
     def potential(self, *, jit: bool = False) -> Potential:
         """The function {name: x} -> -log p(x), in nats; with ``jit`` compiled at its first call."""
@@ -72,14 +79,14 @@ class WarpedModel:
         return function
 
     def compiled(self) -> Potential | None:
-        """The compiled potential; None where torch.jit can not make it or it has other values or gradients."""
+        """The compiled potential; None where torch.jit cannot make it or it has other values or gradients."""
         function = self.potential(jit=True)
         probes = _SPREAD * torch.randn_like(self.latent.expand(_NUM_PROBES, -1))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # newer torch would have Pyro leave torch.jit
                 return function if self.agrees(function, probes) else None
-        except Exception:  # whatever torch.jit makes of a model that it can not trace
+        except Exception:  # whatever torch.jit makes of a model that it cannot trace
             return None
 
     def agrees(self, function: Potential, latents: Tensor) -> bool:

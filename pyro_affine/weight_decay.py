@@ -17,8 +17,8 @@ _FEWEST_STEPS = 10.0  # that are remembered where epochs are a few steps long
 def decay_groups(flow: nn.Module, parameters: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """Groups of parameters for an optimiser: first those that decay, if any, then the others.
 
-    The weights of linear and convolutional layers decay. Zero is no better guess than another for a bias, or for the
-    units, curves and base of a density.
+    The weights of linear and convolutional layers decay. Zero is no better guess than another for a bias, for the
+    units, curves and base of a density, or for what the flow's method ``undecayed``, if it has one, gives.
 
     Args:
         flow: the Module whose layers are looked through.
@@ -30,6 +30,7 @@ def decay_groups(flow: nn.Module, parameters: Mapping[str, Tensor], weight_decay
     """
     layers = (module for module in flow.modules() if isinstance(module, nn.Linear | _ConvNd))
     weights = {id(layer._parameters.get("weight")) for layer in layers}
+    weights -= {id(weight) for weight in getattr(flow, "undecayed", list)()}
     decayed = [p for p in parameters.values() if id(p) in weights]
     others = [p for p in parameters.values() if id(p) not in weights]
     if weight_decay < 0 or (weight_decay and not decayed):

@@ -47,10 +47,11 @@ def resampled_positions(weights: Tensor, num_draws: int) -> Tensor:
     """
     if num_draws < 1:
         raise ValueError(f"num_draws must be 1 or more, got {num_draws}")
-    points = (torch.arange(num_draws, dtype=torch.float64) + torch.rand((), dtype=torch.float64)) / num_draws
     levels = weights.to(torch.float64).cumsum(0)
+    steps = torch.arange(num_draws, dtype=torch.float64, device=levels.device)
+    points = (steps + torch.rand((), dtype=torch.float64, device=levels.device)) / num_draws
     chosen = torch.searchsorted(levels / levels[-1], points, right=True).clamp(max=len(weights) - 1)
-    return chosen[torch.randperm(num_draws)]
+    return chosen[torch.randperm(num_draws, device=chosen.device)]
 
 
 def entry_labels(name: str, shape: torch.Size) -> list[str]:

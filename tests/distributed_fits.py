@@ -296,7 +296,7 @@ def other_arguments(rank: int, folder: Path) -> None:
 
 def check_failures(folder: Path) -> None:
     pair = run(stumbling, folder)
-    say("a step that one process can not take is skipped by all", pair[0][:2] == (2, 10), pair)
+    say("a step that one process cannot take is skipped by all", pair[0][:2] == (2, 10), pair)
     say("weights stay the same after skipped steps", equal(pair[0][2], pair[1][2]), pair)
     (alone,) = run(uninterrupted, folder, 1)
     for failure, word, end, resumed in (

@@ -19,6 +19,7 @@ import pytest
 import pyro_affine
 
 FLOORS = {  # files of one floor do not know each other
+    "cache": -1,
     "transform masks scales conditioners bounded_input convolutions partition steps": 0,
     "pareto verdict weighted traces inference_data health_report neutra_result uniformity": 0,
     "checkpoint progress random_state fit_result step_size stopping task trained_weights weight_decay parameters": 0,
@@ -27,7 +28,7 @@ FLOORS = {  # files of one floor do not know each other
     "network_step reshape images memory": 1,
     "distributed replay psis_result batches recovery blueprint saved_guide pathfinder support_check": 1,
     "coupling_step layer_steps draws particles plots serialize stored_batches draws_on_disk": 2,
-    "fused latent_density simulations training compiled": 3,
+    "fused latent_density simulations training compiled density_data": 3,
     "compose density_task recorded warm_start": 4,
     "audit fit_density gradients image_flows normalizing_flow": 5,
     "flows diagnostics latent_elbo": 6,
@@ -118,6 +119,18 @@ def asserts(package: Path) -> list[str]:
     ]
 
 
+def tensors_on_import(package: Path) -> list[str]:
+    makers = {f"torch.{name}" for name in ("tensor", "as_tensor", "zeros", "ones", "full", "eye", "arange", "linspace")}
+    return [
+        f"{name}.py:{node.lineno} makes a tensor when it is imported, which stays on the device of that moment"
+        for name, tree in _modules(package)
+        for statement in tree.body
+        if not isinstance(statement, (ast.FunctionDef, ast.ClassDef))
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in makers
+    ]
+
+
 def misplaced_files(package: Path) -> list[str]:
     files = sorted(package.rglob("*.py"))
     nested = [f"{path.name}: the package is flat" for path in files if path.parent != package]
@@ -201,6 +214,7 @@ RULES: dict[str, tuple[Rule, Path]] = {
     "slow packages are imported late": (early_imports, PACKAGE),
     "no star import": (star_imports, PACKAGE),
     "no assert in the package": (asserts, PACKAGE),
+    "no tensor is made on import": (tensors_on_import, PACKAGE),
     "package is flat and has no catch all": (misplaced_files, PACKAGE),
     "files are short": (long_files, PACKAGE),
     "functions are short": (long_functions, PACKAGE),
@@ -231,6 +245,7 @@ BROKEN: dict[str, tuple[Rule, dict[str, str]]] = {
     "slow from-import": (early_imports, {"plots.py": "from arviz import summary"}),
     "star import": (star_imports, {"masks.py": "from torch import *"}),
     "assert": (asserts, {"masks.py": "def f(x):\n    assert x"}),
+    "tensor": (tensors_on_import, {"masks.py": "ONE = torch.tensor(1.0)"}),
     "utils": (misplaced_files, {"utils.py": ""}),
     "nested": (misplaced_files, {"layers/masks.py": ""}),
     "long file": (long_files, {"masks.py": "x = 1\n" * (MAX_FILE_LINES + 1)}),
@@ -259,6 +274,7 @@ KEPT: dict[str, tuple[Rule, dict[str, str]]] = {
         {"__main__.py": "import pyro_affine\nfrom pyro_affine import fit"},
     ),
     "late import": (early_imports, {"plots.py": "import torch\ndef f():\n    import matplotlib"}),
+    "tensor in a function": (tensors_on_import, {"masks.py": "def f():\n    return torch.tensor(1.0)"}),
     "full file": (long_files, {"masks.py": "x = 1\n" * MAX_FILE_LINES}),
     "long docstring": (
         long_functions,

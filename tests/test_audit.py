@@ -133,6 +133,12 @@ def test_leaves_parameters_buffers_cache_and_random_state_alone(trained):
     assert flow.training and all(p.grad is None for p in flow.parameters())
 
 
+def test_the_default_device_does_not_matter():
+    flow = real_nvp(4)
+    with torch.device("meta"):
+        assert not unmoved_entries(flow, torch.Size([4])).any()
+
+
 def test_both_float_types_are_looked_at():
     for dtype in (torch.float32, torch.float64):
         assert audit(affine_coupling(4).to(dtype)).unmoved == [(0,), (1,)]

@@ -1,8 +1,9 @@
-"""The cache of a transform can not go stale, and saves what it promises."""
+"""The cache of a transform cannot go stale, and saves what it promises."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import weakref
 
 import pyro.distributions as dist
@@ -18,6 +19,7 @@ from pyro_affine.conditioners import MLP
 from pyro_affine.coupling import AffineCoupling, ConditionalAffineCoupling
 from pyro_affine.linear import Permutation, Standardization
 from pyro_affine.masks import half_mask
+from pyro_affine.scales import AtanScale, TanhScale
 
 NUM_LAYERS = 3
 DATA = torch.linspace(-2, 2, 20, dtype=torch.float64).reshape(5, 4)
@@ -89,6 +91,17 @@ def _put_another_parameter(t):
     last.bias = nn.Parameter(last.bias.detach() + 0.1)
 
 
+def _put_another_scale_map(t):
+    part = t.parts[0]
+    part.scale = TanhScale() if isinstance(part.scale, AtanScale) else AtanScale(0.3, 0.3)
+
+
+def _put_another_network(t):
+    part = t.parts[-1]
+    part.conditioner = copy.deepcopy(part.conditioner)
+    _put_other_data(part)
+
+
 def _load(t):
     t.load_state_dict({k: 1.1 * v if v.is_floating_point() else v for k, v in t.state_dict().items()})
 
@@ -102,6 +115,8 @@ UPDATES = {
     "other p.data": _put_other_data,
     "edit under no_grad": _edit_under_no_grad,
     "another parameter": _put_another_parameter,
+    "another scale map": _put_another_scale_map,
+    "another network": _put_another_network,
     "load_state_dict": _load,
 }
 each_update = pytest.mark.parametrize("update", UPDATES.values(), ids=UPDATES)
@@ -245,8 +260,9 @@ def test_memory_is_freed_with_the_draw():
     assert [ref() for ref in alive] == [None, None]
 
 
-def test_a_flow_is_not_kept_by_its_draw():
-    t = flow().requires_grad_(False)
+@pytest.mark.parametrize("network", [CountedMLP, MLP])  # the latter is fused
+def test_a_flow_is_not_kept_by_its_draw(network):
+    t = randomised(ComposeFlow([coupling(half_mask(4), make=network)])).requires_grad_(False)
     y = t(DATA)
     gone = weakref.ref(t)
     del t

@@ -112,3 +112,34 @@ def test_levels_count_what_is_covered():
 def test_too_few_are_refused(npe, num_datasets, num_draws):
     with pytest.raises(ValueError, match="10 or more"):
         sbc_ranks(npe, num_datasets, num_draws=num_draws)
+
+
+@pytest.mark.parametrize("prior", [dist.LKJCholesky, dist.LKJ], ids=["LKJCholesky", "LKJ"])
+def test_entries_that_never_change_are_ties(prior):
+    def correlated():
+        matrix = pyro.sample("matrix", prior(3, torch.tensor(2.0)))
+        pyro.sample("y", dist.Normal(matrix[..., 1, 0], 1.0))
+
+    untrained = NeuralPosterior(correlated, ["y"], num_layers=2, hidden_dims=(8,))
+    simulations = untrained.simulate(200, seed=0, at_once=prior is dist.LKJCholesky)
+    p = sbc_ranks(untrained, simulations=simulations, num_draws=50, seed=1).p_values()["matrix"]
+    fixed = p.diagonal() if prior is dist.LKJ else torch.stack([p[0, 0], p[0, 1], p[0, 2], p[1, 2]])
+    assert (fixed > 1e-3).all()
+
+
+def test_data_sets_that_training_leaves_out_are_left_out():
+    def sometimes():
+        z, noise = (pyro.sample(name, dist.Normal(0.0, 1.0)) for name in ("z", "noise"))
+        pyro.deterministic("y", torch.where(z > 1, torch.nan, z + noise))
+
+    untrained = NeuralPosterior(sometimes, ["y"], latents=["z"], num_layers=2, hidden_dims=(8,))
+    for check, number in ((sbc_ranks, lambda ranks: ranks.num_datasets), (expected_coverage, lambda c: len(c.levels))):
+        with pytest.warns(UserWarning, match="of 100 simulations are not finite and left out"):
+            assert 70 < number(check(untrained, 100, num_draws=20, seed=0)) < 95
+    simulations = untrained.simulate(100, seed=0)
+    bad = simulations[simulations.latents["z"] > 0.9]
+    with (
+        pytest.warns(UserWarning, match="not finite"),
+        pytest.raises(ValueError, match="10 or more, got 200 and"),
+    ):
+        sbc_ranks(untrained, simulations=bad)

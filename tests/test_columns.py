@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,55 @@ def test_a_frame_goes_in_and_one_like_it_comes_out() -> None:
     assert torch.isfinite(density.log_prob(frame)).all()
 
 
+def test_a_seed_makes_a_fit_with_integers_repeatable() -> None:
+    first, again = (TableDensity({"y": "integer"}) for _ in range(2))
+    again.load_state_dict(first.state_dict())
+    frame = pandas.DataFrame({"y": [0, 1, 1, 2, 5] * 20})
+    scores = [density.fit(frame, num_steps=3, seed=1, progress=False).best for density in (first, again)]
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("on_disk", [(), ("train",), ("valid",), ("train", "valid")], ids=str)
+def test_validation_is_read_by_the_names_and_kinds_of_columns(on_disk: tuple[str, ...], tmp_path: Path) -> None:
+    x = torch.randn(300, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    frame = pandas.DataFrame({"income": (10.8 + 0.3 * x[:, 0]).exp().numpy(), "age": (40 + x[:, 1]).numpy()})
+    valid = frame[["age", "income"]][200:]
+    given = {"train": frame[:200], "valid": valid}
+    for name in on_disk:
+        pytest.importorskip("pyarrow")
+        given[name].to_parquet(tmp_path / f"{name}.parquet")
+        given[name] = tmp_path / f"{name}.parquet"
+    density = TableDensity({"income": "positive", "age": "real"})
+    fit = density.fit(given["train"], validation=given["valid"], num_steps=2, seed=0, progress=False)
+    score_of_u = density.log_prob(valid) + torch.as_tensor(valid["income"].to_numpy(copy=True)).log()
+    assert fit.best == pytest.approx(float(score_of_u.mean()), abs=1e-3)
+
+
+def seconds(num_rows: int, kind: str) -> object:
+    """Times within an hour, in seconds since 1970: in float32 these are multiples of 128."""
+    hour = 3600 * torch.rand(num_rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return pandas.DataFrame({"time": (1.7e9 + (hour.round() if kind == "integer" else hour)).numpy()})
+
+
+@pytest.mark.parametrize("kind", ["real", "integer"])
+def test_values_far_from_zero_keep_their_digits(kind: str) -> None:
+    frame, density = seconds(400, kind), TableDensity({"time": kind})
+    density.fit(frame, num_steps=2, seed=0, progress=False)
+    drawn, scores = density.sample(1000)["time"], density.log_prob(frame[:50], num_draws=1)
+    assert drawn.nunique() > 700 and abs(drawn.median() - 1.7e9 - 1800) < 600
+    assert len(scores.unique()) > 45
+
+
+@pytest.mark.parametrize("kind", ["real", ("circular", 1e5)])
+def test_a_second_fit_leaves_the_cuts_where_they_were(kind: object) -> None:
+    frame, density = seconds(400, "real"), TableDensity({"time": kind})
+    density.fit(frame, num_steps=2, seed=0, progress=False)
+    before, scores = density.cuts.clone(), density.log_prob(frame)
+    density.fit(frame + 40_000.0, num_steps=1, learning_rate=1e-9, seed=0, progress=False)
+    assert torch.equal(density.cuts, before) and before.abs() > 0
+    torch.testing.assert_close(density.log_prob(frame), scores, atol=1e-3, rtol=0)
+
+
 def test_it_is_a_distribution_for_pyro() -> None:
     density = shaken({"y": "positive", "z": "real"})
     rows = density().sample((7,))
@@ -103,6 +153,11 @@ REFUSED = {
     "not positive": (lambda: log_prob("positive", {"a": [0.5, -1.0]}), "got -1.0"),
     "not an integer": (lambda: log_prob("integer", {"a": [0.5, -1.0]}), "got 0.5"),
     "not finite": (lambda: log_prob("real", {"a": [math.nan, -1.0]}), "got nan"),
+    "text": (lambda: log_prob("real", {"a": ["red", "blue"]}), r"must hold numbers, got \w+ in \['a'\]"),
+    "validation without names": (
+        lambda: TableDensity({"a": "real"}).fit(pandas.DataFrame({"a": [1.0] * 20}), validation=torch.ones(9, 1)),
+        r"must be a DataFrame with the columns \['a'\], got Tensor",
+    ),
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from pyro_affine import (
     conditional_affine_coupling,
 )
 from pyro_affine.compose import as_flow
+from pyro_affine.conditioners import MLP
 from pyro_affine.linear import Permutation
 from pyro_affine.masks import half_mask
 from pyro_affine.transform import FlowTransform
@@ -215,6 +216,12 @@ REFUSED = {
     "conditional parts that do not fit": (
         lambda: conditional_chain(conditional_affine_coupling(4, 2), affine_coupling(3)).condition(torch.zeros(2)),
         r"\(3,\).*\(4,\)",
+    ),
+    "network of another size": (
+        lambda: ComposeFlow([AffineCoupling(half_mask(4), MLP(2, 3))])(torch.zeros(4)), r"\(2,\), got a tuple of shapes"
+    ),
+    "network that reads another size": (
+        lambda: ComposeFlow([AffineCoupling(half_mask(4), MLP(3, 2))])(torch.zeros(4)), "set input_dim to"
     ),
     "event of the wrong size": (lambda: ComposeFlow([affine_coupling(4)])(torch.zeros(3)), r"\(4,\).*\(3,\)"),
     "event of the wrong rank": (lambda: ComposeFlow([affine_coupling([2, 4], dim=-2)])(torch.zeros(4)), r"\(2, 4\)"),

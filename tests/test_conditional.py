@@ -131,3 +131,13 @@ def test_inverse_of_a_conditional_chain():
     y = flow.condition(context)(x).detach().clone()
     assert torch.allclose(flow.inv.condition(context)(y), x)
     assert {id(p) for p in flow.inv.parameters()} == {id(p) for p in flow.parameters()}
+
+
+def test_a_context_that_is_a_parameter_gets_its_gradient():
+    flow, y, found = conditional_chain(CONDITIONAL["ours"]()), torch.randn(7, 4), []
+    weight = torch.nn.Embedding(7, 3).weight
+    for context in (weight, 1 * weight):
+        x, log_det = flow.condition(context)._backward(y)
+        found += torch.autograd.grad(x.square().sum() + log_det.sum(), weight)
+    assert torch.allclose(*found) and found[0].any()
+    assert not any(parameter is weight for parameter in flow.parameters())

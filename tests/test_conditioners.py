@@ -208,7 +208,7 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("batch_shape, views", [((5,), {"t"}), ((2, 5), {"t", "view"})], ids=str)
+@pytest.mark.parametrize("batch_shape, views", [((5,), {"t"}), ((2, 5), {"t", "view"})], ids=["one batch dim", "two"])
 def test_costs_its_linear_layers_and_activations_and_nothing_else(batch_shape, views):
     network, kept = MLP(3, OUTPUT_DIM, (8, 8)), torch.randn(*batch_shape, 3)
     with _Operations() as seen:

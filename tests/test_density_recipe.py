@@ -1,4 +1,4 @@
-"""What keeps a density from learning its rows by heart: dropout and weight decay, and where neither reaches."""
+"""What keeps a density from overfitting: dropout and weight decay, and where neither reaches."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_decay_rises_at_each_plateau_and_comes_back_with_the_optimizer() -> None
     ids=["default", "none", "given", "another optimizer"],
 )
 def test_only_the_default_decay_rises(options: dict[str, object], rises: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A short table of noise is learnt by heart at once."""
+    """A short table of noise is overfitted at once."""
     found: list[bool] = []
 
     def watched(*arguments: object) -> bool:

@@ -27,6 +27,8 @@ from torch.distributions import biject_to, constraints
 
 from pyro_affine.diagnostics import PSISResult, draw_posterior, psis
 from pyro_affine.pareto import pareto_smooth
+from pyro_affine.random_state import seeded
+from pyro_affine.weighted import resampled_positions
 
 SHARED_POSTERIORS = Path(__file__).resolve().parents[2] / "shared" / "data" / "posteriors"
 
@@ -221,7 +223,7 @@ def test_terms_of_a_float32_model_are_summed_in_float64():
 @pytest.mark.parametrize("model", ONE_BY_ONE.values(), ids=ONE_BY_ONE)
 def test_models_for_one_draw_are_found_out_and_still_right(model):
     guide, scores = ready(model)
-    with pytest.warns(UserWarning, match="can not be run at many draws at once") as caught:
+    with pytest.warns(UserWarning, match="cannot be run at many draws at once") as caught:
         result = psis(model, guide, scores, num_draws=40, seed=1)
     assert caught[0].filename == __file__  # it points to the call, not into the package
     torch.testing.assert_close(result.log_weights, expected_log_weights(model, guide, scores, result))
@@ -390,7 +392,7 @@ def test_a_guide_for_one_draw_only_is_drawn_one_by_one():
         pyro.sample("z", dist.Delta(z - z.mean() + z.max()))  # the same as z for one draw
 
     scores = SCORES.double()
-    with pytest.warns(UserWarning, match="the guide can not be run at many draws"):
+    with pytest.warns(UserWarning, match="the guide cannot be run at many draws"):
         draws = draw_posterior(guide, scores, num_draws=400, seed=0)
     assert float(draws["z"].mean()) == pytest.approx(0.3, abs=0.15)
     assert float(draws["z"].std()) == pytest.approx(0.7, abs=0.1)
@@ -610,6 +612,14 @@ def test_resampling_chooses_by_weight(num_draws):
         assert not torch.equal(chosen, chosen.sort().values)
 
 
+def test_resampling_is_the_same_whatever_the_default_device():
+    weights = torch.linspace(0, 1, 50) / 25
+    with seeded(0):
+        expected = resampled_positions(weights, 20)
+    with seeded(0), torch.device("meta"):
+        assert torch.equal(resampled_positions(weights, 20), expected)
+
+
 def test_table_has_a_row_for_each_entry():
     result = PSISResult({"a": torch.randn(50), "b": torch.randn(50, 2)}, torch.zeros(50), {"c": torch.randn(50, 1, 2)})
     table = result.table()
@@ -628,7 +638,7 @@ SOUND = {
 UNSOUND = {
     "heavy": (lambda z: -0.85 * (z.abs() + 1e-9).log(), "a few of them carry"),
     "no mean": (lambda z: -2.0 * (z.abs() + 1e-9).log(), "has no mean"),
-    "no tail": (lambda z: torch.where(torch.arange(len(z)) < 3, 0.0, -math.inf), "can not be fitted"),
+    "no tail": (lambda z: torch.where(torch.arange(len(z)) < 3, 0.0, -math.inf), "cannot be fitted"),
 }
 
 

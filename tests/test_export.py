@@ -290,7 +290,7 @@ def test_masked_observations_count_nothing_scales_are_left_out_and_factors_are_n
     np.testing.assert_allclose(data.log_likelihood["y"].values[0], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:the model can not be run at many draws")
+@pytest.mark.filterwarnings("ignore:the model cannot be run at many draws")
 def test_a_model_for_one_draw_gives_the_same_as_its_twin_for_many():
     one, many = export(by_hand, predictive=True, prior=True), export(regression, predictive=True, prior=True)
     np.testing.assert_allclose(one.log_likelihood["y"], many.log_likelihood["y"], rtol=1e-4, atol=1e-5)

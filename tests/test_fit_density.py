@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import SigmoidTransform
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from pyro_affine.batches import LoaderBatches, RowBatches, RowCheck, Rows
@@ -20,6 +22,7 @@ from pyro_affine.density_task import initialize_layers, layers
 from pyro_affine.fit_density import fit_density
 from pyro_affine.fit_result import FitResult, NonFiniteError
 from pyro_affine.flows import NormalizingFlow, conditional_real_nvp, real_nvp
+from pyro_affine.serialize import load, save
 from pyro_affine.transform import FlowTransform
 
 SHAPE_2D = torch.Size([2])
@@ -88,9 +91,91 @@ def test_units_come_from_the_training_rows_and_can_be_left_alone() -> None:
     torch.testing.assert_close(layer.scale, data.std(0))
     fit(flow := small_flow(), data, num_steps=1, standardize=False)
     assert flow.chain.parts[-1].scale.tolist() == [1.0, 1.0]
-    flow.standardized = True
-    fit(flow, data, num_steps=1)
-    assert flow.chain.parts[-1].scale.tolist() == [1.0, 1.0]
+
+
+def test_a_flag_says_that_a_flow_has_units() -> None:
+    class Units(Gaussian):
+        stored, standardized = 0, False
+
+        def standardize(self, rows: Tensor) -> None:
+            self.stored += 1
+
+    fit(flow := Units(2), rows(), num_steps=1)
+    stored, flow.standardized = flow.stored, True
+    fit(flow, rows(), num_steps=1)
+    assert flow.stored == stored > 0
+
+
+# ---- one fit after the other
+
+
+def bent(num_rows: int, seed: int = 0) -> Tensor:
+    x = torch.randn(num_rows, 2, generator=torch.Generator().manual_seed(seed))
+    return torch.stack([x[:, 0].exp(), x[:, 1] + x[:, 0] ** 2], -1)
+
+
+def loaded(flow: NormalizingFlow, folder: Path) -> NormalizingFlow:
+    save(folder / "flow.pt", flow)
+    return load(folder / "flow.pt")  # type: ignore[no-any-return]
+
+
+def with_its_state(flow: NormalizingFlow, folder: Path) -> NormalizingFlow:
+    other = small_flow()
+    other.load_state_dict(flow.state_dict())
+    return other
+
+
+KEPT: dict[str, Any] = {
+    "the flow itself": lambda flow, folder: flow,
+    "a copy": lambda flow, folder: copy.deepcopy(flow),
+    "saved and loaded": loaded,
+    "a state_dict": with_its_state,
+}
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_a_second_fit_goes_on_from_the_weights_and_units_of_the_first(keep: Any, tmp_path: Path) -> None:
+    fit(flow := small_flow(), bent(500), num_steps=60)
+    before = flow.log_prob(bent(100, seed=1)).detach()
+    again = keep(flow, tmp_path)
+    fit(again, 3 * bent(50, seed=2) + 1, num_steps=1, learning_rate=1e-9)
+    torch.testing.assert_close(again.log_prob(bent(100, seed=1)), before, atol=1e-3, rtol=0)
+
+
+def test_units_of_an_earlier_standardize_are_not_those_of_a_fit() -> None:
+    flow, plain = small_flow(), small_flow()
+    flow.standardize(bent(50, seed=1))
+    assert not flow.standardized
+    for each in (flow, plain):
+        fit(each, bent(200), num_steps=1)
+        assert each.standardized
+    assert all(torch.equal(p, q) for p, q in zip(flow.buffers(), plain.buffers(), strict=True))
+
+
+class Interrupted(NormalizingFlow):
+    """Once, shortly before its end, when little is left to be learnt."""
+
+    steps = 0
+
+    def log_prob(self, value: Tensor, context: Tensor | None = None) -> Tensor:
+        self.steps += self.training and torch.is_grad_enabled()
+        if self.steps == 27 and torch.is_grad_enabled():
+            raise KeyboardInterrupt
+        return super().log_prob(value, context)
+
+
+@pytest.mark.parametrize(("make", "keeps_start"), [(rows, True), (bent, False)], ids=["start", "trained"])
+def test_the_same_flow_goes_on_where_it_was_interrupted(make: Any, keeps_start: bool, tmp_path: Path) -> None:
+    """Where the start is kept it is that of the first call, not what was trained when the second one began."""
+    torch.manual_seed(0)
+    flow = Interrupted(real_nvp(2, num_layers=2, hidden_dims=(8,)), 2)
+    options = {"num_steps": 30, "learning_rate": 0.01, "every": 7, "checkpoint": tmp_path / "fit.ckpt"}
+    assert fit(flow, make(200), **options).reason == "interrupted"
+    resumed = fit(flow, make(200), **options)
+    whole = fit(other := small_flow(), make(200), **(options | {"checkpoint": None}))
+    assert resumed.chosen == whole.chosen and (whole.chosen == "start") == keeps_start
+    assert all(torch.equal(p, q) for p, q in zip(flow.parameters(), other.parameters(), strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(flow.buffers(), other.buffers(), strict=True))
 
 
 def test_context_is_used_and_split_with_its_rows() -> None:
@@ -181,7 +266,7 @@ def test_validation_in_any_form(validation: Any, scored: bool) -> None:
 
 
 def test_a_share_of_a_loader_is_not_held_out_and_that_is_said() -> None:
-    with pytest.warns(UserWarning, match="a share of a loader can not be held out"):
+    with pytest.warns(UserWarning, match="a share of a loader cannot be held out"):
         result = fit(Gaussian(2), loader_of(rows()))
     assert result.validation_losses == []
 
@@ -238,7 +323,7 @@ def test_it_just_works_without_arguments_and_stops_by_patience() -> None:
 
 
 class Memory(nn.Module):
-    """A density that learns its training rows by heart: a mixture with a narrow kernel at each of some points."""
+    """A density that overfits its training rows: a mixture with a narrow kernel at each of some points."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -351,6 +436,7 @@ BAD_DATA: dict[str, tuple[Any, str]] = {
     "float64": (lambda: rows().double(), "float32, got float64; convert it with torch.as_tensor"),
     "float64 array": (lambda: rows().double().numpy(), "float32, got float64"),
     "too few": (lambda: rows(2), "must have 2 rows to train on and 2 to hold out"),
+    "too few to hold out two": (lambda: rows(7), "got 7 in all; give more rows, a larger share such as .*, or val"),
     "a generator": (lambda: iter(rows().split(100)), "gone through only once"),
     "a number": (lambda: 3, "must be a tensor, a NumPy array or a DataLoader, got int"),
     "an empty loader": (lambda: [], "must yield batches, got none"),
@@ -373,6 +459,7 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "validation with NaN": ({"validation": rows() * math.nan}, "validation must be finite"),
     "context too short": ({"context": rows(399)}, "must have a row each, got 400 and 399 rows"),
     "context with NaN": ({"context": rows() * math.nan}, "context of data must be finite"),
+    "validation of one row": ({"validation": rows(1)}, "validation must hold 2 rows at least, got 1; give more"),
     "batch size 0": ({"batch_size": 0}, "batch_size must be at least 1"),
     "no steps": ({"num_steps": 0}, "num_steps must be positive"),
     "rate 0": ({"learning_rate": 0.0}, "learning_rate must be positive"),
@@ -383,6 +470,28 @@ BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_arguments_are_refused_in_words(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fit(Gaussian(2), rows(), **options)
+
+
+SUPPORTS: dict[str, Any] = {
+    "a unit interval": (lambda: ComposeFlow([real_nvp(2), SigmoidTransform()]), rows(50) + 20, r"Interval\(.*from 1\d"),
+    "images": (lambda: real_nvp((1, 4, 4), num_layers=4), 255 * torch.rand(50, 1, 4, 4), "to 25.*bytes.*dequantize"),
+}
+
+
+@pytest.mark.parametrize(("make", "data", "words"), SUPPORTS.values(), ids=SUPPORTS)
+def test_data_outside_the_support_are_refused(make: Any, data: Tensor, words: str) -> None:
+    with pytest.raises(ValueError, match="data must lie in the support of the flow, .*" + words):
+        fit(NormalizingFlow(make(), data.shape[1:]), data)
+
+
+@pytest.mark.parametrize("frame_is", ["data", "validation"])
+def test_frames_are_refused_before_anything_is_said_of_loaders(frame_is: str) -> None:
+    frame = pytest.importorskip("pandas").DataFrame(rows().numpy())
+    given = {"data": rows(), frame_is: frame}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"rows must be a tensor or an array, got DataFrame; .* TableDensity"):
+            fit(Gaussian(2), **given)
 
 
 def test_what_is_no_density_is_refused() -> None:
@@ -467,6 +576,8 @@ def test_other_arguments_than_those_of_the_file_are_refused(tmp_path: Path) -> N
         fit(Gaussian(2), rows(), checkpoint=path, batch_size=50)
     with pytest.raises(ValueError, match=r"rows: \(400, 2\) in the file, \(401, 2\) here"):
         fit(Gaussian(2), rows(401), checkpoint=path)
+    with pytest.raises(ValueError, match=r"learning_rate: \S+ in the file, 0\.5 here"):
+        fit(Gaussian(2), rows(), checkpoint=path, learning_rate=0.5)
 
 
 def test_a_loader_is_resumed_in_the_middle_of_an_epoch() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -349,8 +351,6 @@ def test_a_guide_that_takes_over_weights_from_the_store_is_reported() -> None:
 
 
 def test_any_torch_optimizer() -> None:
-    from functools import partial
-
     guide = AutoNormal(conjugate)
     fit(conjugate, guide, num_steps=300, optimizer=partial(torch.optim.SGD, momentum=0.5), learning_rate=0.02)
     assert guide.median()["z"].item() == pytest.approx(POSTERIOR_MEAN, abs=0.1)
@@ -368,12 +368,61 @@ def test_any_torch_optimizer() -> None:
         ({"optimizer": pyro.optim.Adam({"lr": 0.1})}, "must be a factory"),
         ({"decay": 2.0}, "decay must be in"),
         ({"evaluate_every": 0}, "evaluate_every must be at least 1"),
+        ({"args": torch.zeros(1, 2)}, r"must be a tuple .*got Tensor and dict; write \(data,\)"),
+        ({"kwargs": torch.zeros(2)}, "kwargs a dict, got tuple and Tensor"),
     ],
-    ids=["num_particles", "num_steps", "learning_rate", "optimizer", "decay", "evaluate_every"],
+    ids=["num_particles", "num_steps", "learning_rate", "optimizer", "decay", "evaluate_every", "args", "kwargs"],
 )
 def test_arguments_are_checked(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        fit(conjugate, AutoNormal(conjugate), **options)
+        fit_guide(conjugate, AutoNormal(conjugate), progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"num_particles": 0}, {"learning_rate": -1.0}, {"optimizer": pyro.optim.Adam({"lr": 0.1})}],
+    ids=["num_particles", "learning_rate", "optimizer"],
+)
+def test_arguments_are_checked_before_anything_is_run(options: dict[str, Any]) -> None:
+    def model() -> None:
+        raise RuntimeError("run")
+
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        fit(model, small_flow(model), **options)
+
+
+def with_coin() -> None:
+    conjugate()
+    pyro.sample("coin", dist.Bernoulli(0.5))
+
+
+def moving_support() -> None:
+    a = pyro.sample("a", dist.Uniform(0.0, 1.0))
+    pyro.sample("b", dist.Uniform(0.0, 1 - a))
+
+
+def a_latent_a_row() -> None:
+    with pyro.plate("rows", 8, subsample_size=2):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(2))
+
+
+REFUSED: dict[str, tuple[Callable[[], None], dict[str, Any], str]] = {
+    "discrete latent": (with_coin, {}, "cannot handle discrete sample site 'coin'"),
+    "moving support": (moving_support, {}, "support of a site must not depend on other latents, got site 'b'"),
+    "part of a plate": (a_latent_a_row, {}, "got 2 of 8 of plate 'rows' at site 'z'"),
+    "one layer": (conjugate, {"num_layers": 1}, "every entry must be moved"),
+    "context": (conjugate, {"context_fn": lambda: torch.zeros(2, 2)}, "context_fn must give a vector"),
+}
+
+
+@pytest.mark.parametrize(("model", "options", "words"), REFUSED.values(), ids=REFUSED)
+def test_a_refused_model_is_refused_in_the_same_words_each_time(model: Any, options: Any, words: str) -> None:
+    make: Any = AutoConditionalRealNVP if "context_fn" in options else AutoRealNVP
+    guide = make(model, **options)
+    for call in (lambda: fit(model, guide), guide):
+        with pytest.raises(ValueError, match=words):
+            call()
 
 
 def test_an_error_in_the_model_is_raised_as_it_is() -> None:
@@ -476,6 +525,48 @@ def test_a_bad_draw_spoils_no_other_in_the_evaluation() -> None:
     assert 0.1 < weights.isnan().double().mean() < 0.22
 
 
+def counts(link: Callable[[Tensor], Tensor]) -> None:
+    rate = pyro.sample("rate", dist.Normal(0.5, 0.3))
+    with pyro.plate("data", 4):
+        pyro.sample("count", dist.Poisson(link(rate)), obs=torch.zeros(4))
+
+
+@pytest.mark.parametrize("link", [lambda rate: rate, torch.exp], ids=["identity", "exp"])
+def test_draws_that_only_a_validated_model_refuses_are_warned_of(link: Any) -> None:
+    model = partial(counts, link)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, small_flow(model))
+    words = [str(warning.message) for warning in caught if "psis gives them no weight" in str(warning.message)]
+    assert len(words) == (link is not torch.exp)
+    assert all(re.search(r"refuses \d+ of 64 draws .*Poisson.*satisfy the constraint", message) for message in words)
+
+
+@pytest.mark.parametrize("nesting", [1, None])
+def test_draws_without_a_density_are_not_counted_as_refused(nesting: int | None) -> None:
+    def guide() -> None:
+        pyro.sample("rate", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    assert 20 < len(Pair(partial(counts, lambda rate: rate), guide).refusals(64, nesting)) < 44
+    assert Pair(one_half, guide).refusals(64, nesting) == []  # NaN
+
+
+def test_scores_are_on_the_cpu_whatever_the_default_device() -> None:
+    zero, one = torch.zeros(()), torch.ones(())
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(zero, one))
+        if z > 0:
+            raise ValueError("refused")
+
+    with torch.device("meta"):
+        weights = Pair(model, lambda: pyro.sample("z", dist.Normal(zero, one))).log_weights(20, None)
+        assert 0 < weights.isnan().sum() < 20
+        observed = Pair(lambda: pyro.sample("x", dist.Normal(zero, one), obs=one), lambda: None)
+        assert observed.log_weights(2, 0).isfinite().all()
+
+
 # ---- interruption and resumption in one process
 
 
@@ -523,13 +614,31 @@ def test_a_finished_fit_is_loaded_and_not_repeated(tmp_path: Path) -> None:
     assert all(torch.equal(p, q) for p, q in zip(final_weights(guide), expected, strict=True))
 
 
+def test_a_finished_fit_is_not_searched_a_start_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    monkeypatch.setattr(AutoRealNVP, "warm_start", lambda *_, num_runs, **__: found.append(num_runs))
+    for _ in range(2):
+        fit(conjugate, small_flow(conjugate), num_steps=40, checkpoint=tmp_path / "fit.ckpt")
+        pyro.clear_param_store()
+    assert found == [6, 1]
+
+
+def test_a_fit_is_resumed_whatever_the_clock_says_of_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"seconds": 1000.0, "num_particles": None, "checkpoint": tmp_path / "fit.ckpt"}
+    monkeypatch.setattr(GuideTask, "grow_if_cheap", lambda task, seconds: task.grow())
+    first = fit(conjugate, AutoNormal(conjugate), **options)
+    pyro.clear_param_store()
+    monkeypatch.setattr(GuideTask, "grow_if_cheap", lambda task, seconds: None)
+    assert fit(conjugate, AutoNormal(conjugate), **options).losses == first.losses
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"num_steps": 21}, "num_steps: 20 in the file, 21 here"),
         ({"num_particles": 9}, "num_particles: 8 in the file, 9 here"),
         ({"seed": 1}, "seed: 0 in the file, 1 here"),
-        ({"learning_rate": 0.5}, "optimizer: .*'lr': 0.5"),
+        ({"learning_rate": 0.5}, "learning_rate: None in the file, 0.5 here"),
     ],
     ids=str,
 )
@@ -589,8 +698,9 @@ def test_pyro_traces_the_guide_only_where_it_must(model: Any, make: Any, direct:
         AutoIAFNormal,
         lambda model: AutoNormalizingFlow(model, lambda size: real_nvp(size, num_layers=2, hidden_dims=(8,))),
         lambda model: AutoConditionalRealNVP(model, lambda x: x, num_layers=2, hidden_dims=(8,)),
+        lambda model: AutoConditionalRealNVP(model, lambda *args: args[0], num_layers=2, hidden_dims=(8,)),
     ],
-    ids=["laplace", "iaf", "pyro's flow guide with ours", "conditional"],
+    ids=["laplace", "iaf", "pyro's flow guide with ours", "conditional", "conditional on any arguments"],
 )
 def test_any_autoguide_is_fitted(make: Any) -> None:
     def model(x: Tensor) -> None:
@@ -610,6 +720,16 @@ def test_single_draws_that_the_model_refuses_are_left_out_and_counted() -> None:
     result = fit(model, small_flow(model), num_steps=100)
     assert result.num_dropped > 0 and result.num_nonfinite == 0
     assert f"{result.num_dropped} single draws were left out" in str(result)
+
+
+def test_draws_from_before_the_first_step_are_not_counted_as_left_out() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        scale = torch.where((100 * z.sum(-1)).cos() > -0.5, 1.0, math.nan)  # a third is refused, wherever draws are
+        pyro.sample("x", dist.Normal(z.sum(-1), scale), obs=torch.tensor(0.0))
+
+    result = fit(model, small_flow(model), num_steps=1, seconds=1000.0, num_particles=None)
+    assert math.isfinite(result.losses[0]) and 0 < result.num_dropped < 128  # a finite loss is of more than half of 256
 
 
 def test_draws_grow_once_and_only_where_their_number_is_open() -> None:

@@ -11,7 +11,7 @@ import pyro.distributions.transforms as T
 import pytest
 import torch
 from torch import nn
-from torch.distributions import SigmoidTransform, StickBreakingTransform, constraints
+from torch.distributions import ExpTransform, SigmoidTransform, StickBreakingTransform, constraints
 
 from pyro_affine import (
     ComposeFlow,
@@ -123,6 +123,13 @@ def test_context_changes_the_density_of_one_entry():
     assert scores.shape == (2,) and abs(scores[0] - scores[1]) > 1e-3
 
 
+def test_context_changes_the_shape_of_one_entry():
+    flow = jitter(make_flow((1,), conditional=True))
+    low, middle, high = flow(torch.randn(5, 3)).transforms[0](torch.tensor([-1.0, 0.0, 1.0])[:, None, None])
+    skew = (high - middle) / (middle - low)
+    assert skew.max() / skew.min() > 1.05
+
+
 @event_shapes
 def test_scores_and_draws_at_many_contexts_are_those_at_each(event_shape):
     flow, contexts, y = jitter(make_flow(event_shape, True)), torch.randn(7, 3), torch.randn(7, *event_shape)
@@ -173,6 +180,20 @@ def test_support_is_that_of_the_last_part(make, support, event_shape):
     else:
         with pytest.raises(ValueError, match="whole real line, got a flow onto"):
             flow.standardize(torch.rand(10, *event_shape))
+
+
+ELEMENTWISE = {
+    "alone": lambda: ExpTransform(),
+    "a chain": lambda: ComposeFlow([T.Spline(3, bound=4.0), ExpTransform()]),
+}
+
+
+@pytest.mark.parametrize("make", ELEMENTWISE.values(), ids=ELEMENTWISE)
+def test_a_flow_of_elementwise_parts_scores_events(make):
+    flow = NormalizingFlow(make(), 3)
+    y, log_prob = flow.rsample_and_log_prob((3,))
+    assert y.shape == (3, 3) and torch.allclose(log_prob, flow().log_prob(y))
+    assert torch.allclose(flow.log_prob(y), flow().log_prob(y)) and flow.log_prob(y[0]).shape == ()
 
 
 @conditional

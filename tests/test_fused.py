@@ -13,13 +13,14 @@ from torch.nn.utils import parametrizations
 from pyro_affine import ComposeFlow, NormalizingFlow, network_step, real_nvp
 from pyro_affine.bounded_input import BoundedInput
 from pyro_affine.conditioners import MLP, ResidualMLP
+from pyro_affine.correlations import Correlations
 from pyro_affine.coupling import AffineCoupling
 from pyro_affine.fused import Plan, Run
 from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
 from pyro_affine.masks import alternating_mask, half_mask
-from pyro_affine.scales import AtanScale, ExpScale, SigmoidScale
+from pyro_affine.scales import AdditiveScale, AtanScale, ExpScale, SigmoidScale
 from pyro_affine.tails import LOFT
-from pyro_affine.whitening import Whitening
+from pyro_affine.whitening import DiagonalWhitening, Whitening
 
 
 def layer(mask, scale=None, **options):
@@ -28,13 +29,23 @@ def layer(mask, scale=None, **options):
 
 
 def units(size):
-    whitening = Whitening(size)
-    tril = torch.eye(size) + 0.3 * torch.ones(size, size).tril(-1)
-    whitening.set(torch.linspace(-1, 1, size), tril)
-    standardization = Standardization((size,))
+    whitening, standardization = Whitening(size), Standardization((size,))
+    whitening.set(torch.linspace(-1, 1, size), tril(size))
     standardization.loc.fill_(0.5)
     standardization.scale.fill_(2.0)
     return [whitening, standardization]
+
+
+def other_units(size):
+    correlations, whitening = Correlations(size), DiagonalWhitening(size)
+    correlations.loc.copy_(torch.linspace(-1, 1, size))
+    correlations.scale_tril.copy_(tril(size))
+    whitening.set(torch.linspace(-1, 1, size), torch.linspace(1, 2, size))
+    return [correlations, whitening]
+
+
+def tril(size):
+    return torch.eye(size) + 0.3 * torch.ones(size, size).tril(-1)
 
 
 CHAINS = {
@@ -56,6 +67,9 @@ CHAINS = {
         AffineCoupling(half_mask(5), ResidualMLP(2, 3, 6, 1, activation=a)) for a in (nn.Tanh, nn.ReLU)
     ],
     "bounded MLP, gathered": lambda: [AffineCoupling(alternating_mask(5), BoundedInput(MLP(3, 2, (6,)), 2.0))],
+    "triangular at the base": lambda: [LowerTriangularAffine(torch.ones(5), 2.0), layer(half_mask(5))],
+    "additive": lambda: [layer(half_mask(5), AdditiveScale())],
+    "correlations": lambda: [layer(half_mask(5)), *other_units(5)],
     "one network twice": lambda: [shared := layer(half_mask(5)), Permutation(torch.tensor([4, 3, 2, 1, 0])), shared],
 }  # fmt: skip
 BATCHES = [(), (3,), (2, 3), (0,)]
@@ -246,16 +260,117 @@ def test_autocast_is_left_to_the_layers():
 
 def test_inference_mode_leaves_nothing_behind():
     chain, value = make_chain("residual, bounded inputs"), torch.randn(3, 5, requires_grad=True)
-    network_step._number.cache_clear()
+    network_step.number.cache_clear()
     with torch.inference_mode():
         chain._forward(value)
     firsts = gradients(chain._forward(value), [value], create_graph=True)
     assert torch.autograd.grad(firsts[0].sum(), value)[0].isfinite().all()
 
 
+def test_a_frozen_chain_made_in_inference_mode_runs_outside_it():
+    with torch.inference_mode():
+        chain = make_chain("halves, reordered").requires_grad_(False)
+    fused, expected = both_ways(chain, torch.ones(3, 5), True)
+    assert_all_close(fused, expected, 1e-12)
+    assert not fused[0].requires_grad
+
+
 def test_the_meta_device_is_left_to_the_layers():
     flow = NormalizingFlow(real_nvp(4), 4).to("meta")
     assert flow.log_prob(torch.zeros(2, 4, device="meta")).shape == (2,)
+
+
+def with_own_network():
+    return AffineCoupling(half_mask(5), nn.Sequential(nn.Linear(2, 6), Halves()))
+
+
+class Halves(nn.Module):
+    def forward(self, both):
+        return both.chunk(2, -1)
+
+
+UNFUSED = {
+    "tails": lambda: ComposeFlow([LOFT((5,), 0.2)]),
+    "own network": lambda: ComposeFlow([with_own_network()]),
+    "own network, nested": lambda: ComposeFlow([ComposeFlow([with_own_network()])]),
+}
+
+
+@pytest.mark.parametrize("make", UNFUSED.values(), ids=UNFUSED)
+def test_a_part_exchanged_in_a_chain_without_a_run_is_seen(make):
+    chain, value = make(), torch.ones(3, 5)
+    before = chain._forward(value)[0]
+    inner = chain.parts[0] if isinstance(chain.parts[0], ComposeFlow) else chain
+    inner.parts[0] = LOFT((5,), 0.7)
+    found = chain._forward(value)[0]
+    assert_close(found, LOFT((5,), 0.7)(value), 1e-12)
+    assert not torch.equal(found, before)
+
+
+def test_memory_and_guard_of_a_nested_chain_without_a_run_can_be_set_later():
+    chain, value = UNFUSED["own network, nested"](), torch.ones(3, 5)
+    chain._forward(value)
+    chain.parts[0].memory = "invertible"
+    assert "Invertible" in chain._forward(value)[0].grad_fn.name()
+    chain.parts[0].guard = True
+    with pytest.raises(ValueError, match="finite"):
+        chain._forward(torch.full((5,), torch.nan))
+
+
+def test_hooks_of_the_chain_itself_leave_its_plan_alone():
+    chain = make_chain("halves, reordered")
+    chain.register_forward_hook(lambda module, args, output: None)
+    chain._forward(torch.ones(5))
+    plan = chain.__dict__["_plan"]
+    chain._forward(torch.ones(5))
+    assert chain.__dict__["_plan"] is plan and isinstance(plan.entries[0][1], Run)
+
+
+def test_a_layer_is_fused_again_without_its_hook():
+    chain, calls = make_chain("halves, reordered"), []
+    handle = chain.parts[0].parts[0].conditioner.register_forward_hook(lambda *_: calls.append(1))
+    chain._forward(torch.ones(5))
+    handle.remove()
+    both_ways(chain, torch.ones(5), True)
+    assert calls == [1] and len(chain.__dict__["_plan"].entries) == 1
+
+
+def test_hooks_of_all_modules_are_called():
+    chain, calls = make_chain("halves, reordered"), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module)))
+    try:
+        chain._forward(torch.ones(5))
+    finally:
+        handle.remove()
+    assert calls.count(MLP) == 4
+
+
+def test_hooks_of_saved_tensors_see_each_activation():
+    """So that checkpoints of torch's save what they promise."""
+    chain, value, seen = make_chain("halves, reordered"), torch.randn(3, 5, requires_grad=True), []
+    for run in (chain._forward, lambda value: one_by_one(chain, value, True)):
+        seen.append([])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen[-1].append(t.shape) or t, lambda t: t):
+            run(value)
+    assert seen[0] == seen[1] and len(seen[0]) > 20
+
+
+def test_a_result_changed_in_place_leaves_the_gradients_right():
+    chain, value = make_chain("triangular at the base"), torch.randn(3, 5)
+    found = []
+    for factor in (1, 3):
+        x, log_det = chain._backward(value)
+        loss = x.sum() + log_det.sum()
+        x.detach().mul_(factor)
+        found.append(torch.autograd.grad(loss, list(chain.parameters()), allow_unused=True))
+    assert_all_close(*found)
+
+
+def test_second_derivatives_where_nothing_depends_on_the_input():
+    chain, value = make_chain("additive"), torch.randn(3, 5, requires_grad=True)
+    log_det = chain._forward(value)[1]
+    (first,) = torch.autograd.grad(log_det.sum(), value, create_graph=True, materialize_grads=True)
+    assert not first.any()
 
 
 def test_a_chain_without_a_fused_run_has_a_plan_that_holds():

@@ -215,6 +215,15 @@ def test_a_hooked_or_guarded_layer_runs_as_it_is() -> None:
     assert step_of(guarded) is None
 
 
+def test_autocast_is_left_to_the_layer() -> None:
+    layer, x = coupling().float(), torch.randn(3, 4, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, log_det, score = push_score(layer, x, -x)
+    (y.sum() + log_det.sum()).backward()
+    assert torch.allclose(score, -x)  # a coupling that is not trained yet
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+
+
 def test_parameters_changed_between_draw_and_backward_are_refused() -> None:
     layer = coupling()
     y, _, _ = fused_pass([step_of(layer)], torch.randn(3, 4), torch.randn(3, 4))

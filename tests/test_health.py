@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributions import transforms as plain
 
 from pyro_affine.compose import ComposeFlow
+from pyro_affine.conditional_guide import AutoConditionalRealNVP
 from pyro_affine.coupling import AffineCoupling
 from pyro_affine.flows import NormalizingFlow, conditional_real_nvp, real_nvp
 from pyro_affine.guides import AutoRealNVP
@@ -348,7 +349,22 @@ def test_default_points_are_the_same_each_time() -> None:
     assert str(health(flow)) == str(health(flow))
 
 
+def conditional_guide() -> AutoConditionalRealNVP:
+    def model(y: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=y)
+
+    guide = AutoConditionalRealNVP(model, lambda y: y, num_layers=2, hidden_dims=(8,))
+    guide(torch.zeros(2))
+    return guide
+
+
+def test_conditional_guide_is_checked_at_some_data() -> None:
+    assert health(conditional_guide().get_transform(torch.ones(2))).ok
+
+
 MISUSE: dict[str, tuple[Callable[[], Any], str]] = {
+    "guide that reads data": (lambda: health(conditional_guide()), r"guide\.get_transform\(data\)"),
     "no transform": (lambda: health(nn.Linear(2, 2)), "bijective"),
     "not conditioned": (lambda: health(conditional_real_nvp(3, 2)), r"condition\(context\)"),
     "flow without its context": (

@@ -103,6 +103,10 @@ BAD = {
     "other events": (_fit(torch.zeros(5, 3)), r"shape \(N,\) \+ \(2,\) with N >= 2, got \(5, 3\)"),
     "constant entry": (_fit(SPLIT), r"finite and vary, got .* entry \(1,\); drop"),
     "not finite": (_fit(BROKEN), r"finite and vary, got .* nan at entry \(0,\); drop"),
+    "two constant entries": (_fit(torch.ones(5, 2)), r"training rows must .* 0.0 at entry \(0,\), \(1,\); drop"),
+    "many constant entries": (
+        lambda: Standardization((30,)).fit(torch.ones(5, 30)), r"\(18,\), \(19,\) and 10 more; drop"
+    ),
 }  # fmt: skip
 
 

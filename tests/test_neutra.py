@@ -152,6 +152,19 @@ def test_supports_that_depend_on_other_sites() -> None:
     assert share.mean().item() == pytest.approx(0.5, abs=0.1)
 
 
+def shifted() -> None:
+    """A model that refuses a third of the starts."""
+    shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+    pyro.sample("seen", dist.Normal(0.0, 0.5 + shift), obs=torch.tensor(0.3))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_places_that_the_model_refuses_have_no_density(jit: bool) -> None:
+    guide = fresh(shifted, make=lambda model: AutoMultivariateNormal(model, init_scale=1.0))
+    found = neutra(shifted, guide, seed=0, **SMALL | {"num_chains": 4, "jit": jit}).draws["shift"]
+    assert (found > -0.5).all()
+
+
 GUIDES: dict[str, Callable[..., Any]] = {
     "real nvp": lambda model: AutoRealNVP(model, num_layers=2, hidden_dims=(4,)),
     "dense normal": AutoMultivariateNormal,
@@ -275,6 +288,11 @@ def impossible(counts: Tensor) -> None:
     pyro.factor("never", torch.tensor(-math.inf))
 
 
+def with_more(counts: Tensor) -> None:
+    gamma_poisson(counts)
+    pyro.sample("more", dist.Normal(0.0, 1.0))
+
+
 MISUSE: dict[str, tuple[Callable[[], Any], str]] = {
     "no flow": (lambda: neutra(gamma_poisson, fresh(gamma_poisson, COUNTS, make=AutoNormal)), "AutoContinuous"),
     "not called": (lambda: neutra(gamma_poisson, AutoMultivariateNormal(gamma_poisson)), "never called"),
@@ -287,6 +305,7 @@ MISUSE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: neutra(gamma_poisson, fresh(gamma_poisson, COUNTS), COUNTS, num_chains=0),
         "num_chains must be 1",
     ),
+    "a latent left": (lambda: neutra(with_more, fresh(gamma_poisson, COUNTS), COUNTS, **SMALL), r"none for \['more'\]"),
     "no density": (lambda: neutra(impossible, fresh(gamma_poisson, COUNTS), COUNTS, **SMALL), "finite density"),
 }
 

@@ -86,6 +86,15 @@ def test_operators_of_a_gradient(kind, beyond):
     assert backward <= BACK_OF_A_LINEAR_MAP * forward["aten::linear"] + 10 * beyond
 
 
+@pytest.mark.parametrize("trained_input", [True, False])
+def test_an_input_without_gradient_costs_none(trained_input):
+    flow = NormalizingFlow(flow_of(4, NETWORKS["MLP"]), 6, curves=0, whiten=False)
+    y = torch.randn(4, 6, requires_grad=trained_input)
+    loss = flow.log_prob(y).sum()
+    found = operators(lambda: torch.autograd.backward(loss, retain_graph=True))
+    assert found["aten::addmm"] == (4 if trained_input else 3)  # back to what each network reads
+
+
 def test_what_a_density_adds_to_its_couplings():
     flow = NormalizingFlow(flow_of(4, NETWORKS["MLP"]), 6, curves=0, whiten=False)
     y = torch.randn(4, 6)

@@ -146,3 +146,25 @@ def test_shrinkage_helps_with_few_rows_and_fades_with_many() -> None:
     few, many = draw(60), draw(20_000)
     assert distance(shrunk_covariance(few)) < 0.7 * distance(few.T.cov())
     assert torch.allclose(shrunk_covariance(many), many.T.cov(), atol=0.01)
+
+
+def test_a_column_that_one_half_of_the_rows_does_not_know_leaves_the_shrinkage_of_the_others_alone() -> None:
+    rows = torch.randn(60, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cumsum(-1)
+    rare = torch.zeros(60, 1, dtype=torch.float64)
+    rare[7] = 1.0
+    found, others = shrunk_covariance(torch.cat([rows, rare], -1)), shrunk_covariance(rows)
+    torch.testing.assert_close(found[:-1, :-1], others)
+    assert found.diagonal().min() > 0 and (others / rows.T.cov())[0, 1] < 0.999  # there is something to shrink
+
+
+@pytest.mark.parametrize("code", [99_999_999.0, 999_999_999.0])
+@torch.no_grad()
+def test_counts_with_a_code_for_missing_ones_have_a_density(code: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.poisson(torch.full((2000,), 3.0), generator=generator)
+    counts[::100] = code
+    rows = torch.stack([counts, torch.randn(2000, generator=generator)], -1)
+    flow = NormalizingFlow(real_nvp(2, num_layers=2, hidden_dims=(8,)), 2)
+    flow.fit_units(rows)
+    for points in (rows, rows - torch.tensor([20.0, 0.0]), flow.sample((2000,))):
+        assert flow.log_prob(points).isfinite().all()

@@ -145,6 +145,32 @@ def test_trained_one_begins_where_its_posterior_is_and_seeds_repeat():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_region_leaves_out_draws_that_rounding_takes_out_of_the_support():
+    class Posterior:
+        def sample(self, num_draws):
+            return {"z": torch.linspace(0, 1, num_draws)}
+
+        def log_prob(self, values):
+            return torch.where(values["z"] < 0.01, -torch.inf, values["z"])
+
+    assert abs(Region.of(Posterior(), 1e-3).threshold - 0.011) < 1e-3
+
+
+def test_round_that_fails_leaves_the_density_of_the_last(monkeypatch):
+    npe, densities = linear(), []
+
+    def fit_once(npe, **options):
+        if densities:
+            raise ValueError("the second fit fails")
+        densities.append(npe.density)
+        return fit_posterior(npe, **options)
+
+    monkeypatch.setattr("pyro_affine.rounds.fit_posterior", fit_once)
+    with pytest.raises(ValueError, match="the second fit fails"):
+        fit_posterior_at(npe, {"y": 8.0}, num_rounds=2, num_simulations=50, num_steps=1, seed=0, progress=False)
+    assert npe.density is densities[0] and npe.density.standardized
+
+
 def test_round_in_words():
     fit_of = fit_posterior_at(
         linear(), {"y": 80.0}, num_rounds=1, num_simulations=50, least_acceptance=1.0, num_steps=5, progress=False

@@ -1,4 +1,4 @@
-"""A saved flow comes back to the last bit in a fresh process, and what can not be saved is refused by name."""
+"""A saved flow comes back to the last bit in a fresh process, and what cannot be saved is refused by name."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 
@@ -13,9 +14,15 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_affine import DeepSets, NeuralPosterior, Simulations, fit_posterior, load, save
+from pyro_affine.calibration import _positions
+from pyro_affine.data_encoder import DataEncoder, _centre_and_width
 from pyro_affine.latent_layout import LatentLayout
-from pyro_affine.simulate import _num_steps
+from pyro_affine.regression import ridge
+from pyro_affine.simulate import _cut, _num_steps
 from pyro_affine.simulations import Simulator
+from pyro_affine.support_check import _agree
+from pyro_affine.truncated_prior import TruncatedPrior
+from pyro_affine.weight_decay import decay_groups
 
 TRIL = torch.tensor([[1.0, 0.0], [0.8, 0.6]])
 SMALL = {"num_layers": 2, "hidden_dims": (16,)}
@@ -162,6 +169,8 @@ def test_data_of_any_number_of_rows():
     assert torch.allclose(shuffled, draws, atol=1e-3)
     one = npe.condition({"y": y[0]}, kwargs={"num_rows": 10}).psis(200, seed=0, progress=False)
     assert one.ess > 100
+    with pytest.raises(ValueError, match=r"'y' of shape \(12, 2\) and data of shape \(1, 2\); .* kwargs="):
+        npe.condition({"y": y[0, :1]}).psis(10, progress=False)
 
 
 def test_several_sites_with_a_summary_each_and_counts_as_data():
@@ -179,12 +188,64 @@ def test_several_sites_with_a_summary_each_and_counts_as_data():
     assert npe.condition({"picture": torch.ones(4, 3), "count": torch.tensor([1, 2])}).batch_shape == (2,)
 
 
+@pytest.mark.parametrize("tosses", [[True, False, True], torch.tensor([1, 0, 1]), [1.0, 0.0, 1.0]], ids=str)
+def test_data_get_the_dtype_that_the_likelihood_takes(tosses):
+    def coin():
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        with pyro.plate("toss", 3):
+            pyro.sample("hit", dist.Bernoulli(share))
+
+    posterior = NeuralPosterior(coin, ["hit"], **SMALL).condition({"hit": tosses})
+    result = posterior.psis(1000, seed=0, progress=False)
+    assert abs(result.log_evidence - math.log(0.1)) < 0.02  # B(4, 3) / B(2, 2)
+    assert posterior.to_arviz(30, predictive=True, progress=False)["observed_data"]["hit"].sum() == 2
+
+
+def test_rows_that_are_counts_are_cut_to_sizes():
+    def kinds():
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        with pyro.plate("rows", 6):
+            pyro.sample("kind", dist.Categorical(torch.stack([share, 1 - share], -1)))
+
+    options = {"num_simulations": 100, "num_steps": 1, "seed": 0, "progress": False}
+    npe = NeuralPosterior(kinds, ["kind"], summary=DeepSets(1, 4, hidden_dim=8), **SMALL)
+    fit_posterior(npe, sizes=(1, 6), **options)
+    assert npe.condition({"kind": torch.tensor([1, 0])}).sample(3)["share"].shape == (3,)
+
+
+def test_latents_of_two_dtypes():
+    def model(y=None):
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("y", dist.Normal(a + b.float(), 1.0), obs=y)
+
+    posterior = trained(model, num_simulations=100).condition({"y": 0.3})
+    draws = posterior.sample(5)
+    assert draws["b"].dtype == torch.float64 and posterior.log_prob(draws).isfinite().all()
+
+
+def test_closed_boundaries_have_no_density():
+    def model():
+        pyro.sample("y", dist.Normal(pyro.sample("size", dist.HalfNormal(1.0)), 1.0))
+
+    log_prob = NeuralPosterior(model, ["y"], **SMALL).condition({"y": 0.3}).log_prob({"size": torch.tensor([0.0, 1.0])})
+    assert log_prob[0] == -torch.inf and log_prob[1].isfinite()
+
+
 def test_saved_density_gives_the_same_posterior(tmp_path):
     npe = trained(gaussian, num_simulations=500, summary=DeepSets(2, 4, hidden_dim=8))
     save(tmp_path / "posterior.pt", npe.density)
     again = NeuralPosterior(gaussian, ["y"], density=load(tmp_path / "posterior.pt"))
     data = {"y": torch.ones(5, 2)}
     assert torch.equal(again.condition(data).sample(5, seed=0)["loc"], npe.condition(data).sample(5, seed=0)["loc"])
+
+    def renamed():
+        mean = pyro.sample("mean", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", 5):
+            pyro.sample("y", dist.Normal(mean, 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"for latents \{'mean': \(2,\)\}.*, got one for latents \{'loc': \(2,\)\}"):
+        NeuralPosterior(renamed, ["y"], density=again.density)
 
 
 def test_arviz_with_and_without_a_likelihood():
@@ -220,6 +281,34 @@ def test_start_leans_on_nothing_that_training_changes():
     assert linear.weight[:, 5:].abs().max() < 1e-3 < linear.weight[:, :2].abs().max()
 
 
+def test_start_does_not_decay():
+    density = trained(gaussian, num_simulations=100).density
+    parameters = dict(density.named_parameters())
+    decayed, _ = (group["params"] for group in decay_groups(density, parameters, 0.1))
+    names = [name for name, p in parameters.items() if any(p is other for other in decayed)]
+    assert names and not any("regression" in name for name in names)
+
+
+def test_summaries_of_many_data_sets_are_made_in_pieces(monkeypatch):
+    sizes = []
+
+    class Watched(DeepSets):
+        def forward(self, rows, mask=None):
+            sizes.append(len(rows))
+            return super().forward(rows, mask)
+
+    torch.manual_seed(0)
+    npe = NeuralPosterior(gaussian, ["y"], summary=Watched(2, 4, hidden_dim=8), **SMALL)
+    pairs, whole = npe.pairs(npe.simulate(100, seed=0)), copy.deepcopy(npe.density)
+    whole.store_units(*pairs)
+    monkeypatch.setattr("pyro_affine.data_encoder._ENTRIES_AT_ONCE", 10 * npe.density.encoder.width)
+    sizes.clear()
+    npe.density.store_units(*pairs)
+    assert sizes == [10] * 20
+    for name, tensor in whole.state_dict().items():
+        assert torch.allclose(npe.density.state_dict()[name], tensor, atol=1e-4), name
+
+
 def test_encoder_keeps_outliers_from_drowning_the_rest():
     def model():
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -228,6 +317,31 @@ def test_encoder_keeps_outliers_from_drowning_the_rest():
     encoder = trained(model, num_simulations=2000).density.encoder
     z = encoder(torch.tensor([[-1.0], [0.0], [1.0], [1e6]]))
     assert (z[2] - z[0]) > 1.0 and z.abs().max() < 25 and z[3] > z[2]
+
+
+WITHOUT_A_DEVICE = {
+    "regression": lambda: ridge(X, X[:, :1]),
+    "units of data": lambda: _centre_and_width(X),
+    "cut to sizes": lambda: _cut(Simulations({"z": X}, {"y": X[:, :, None]}), SETS, (1, 2)),
+    "truncated prior": lambda: TruncatedPrior.contains(type("Prior", (), {"regions": [Inside()]}), {"z": X}),
+    "positions": lambda: _positions(X > 0, X == 0),
+    "supports": lambda: _agree(UNIFORM, UNIFORM),
+}
+X = torch.linspace(-1, 1, 40).reshape(20, 2).square() + torch.eye(20, 2)
+SETS = DataEncoder({"y": torch.Size([2, 1])}, {"y": DeepSets(1, 2, hidden_dim=4)})
+UNIFORM = {"fn": dist.Uniform(torch.zeros(2), torch.ones(2)), "value": torch.zeros(2)}
+
+
+class Inside:
+    def contains(self, values):
+        return values["z"][:, 0] > 0
+
+
+@pytest.mark.parametrize("call", WITHOUT_A_DEVICE.values(), ids=WITHOUT_A_DEVICE)
+def test_tensors_are_made_where_those_given_are(call):
+    """Another default device stands in for data on a GPU: what is made without a device does not fit with them."""
+    with torch.device("meta"):
+        call()
 
 
 # Simulations
@@ -265,6 +379,19 @@ def test_many_runs_at_once_are_those_of_single_runs():
     fixed = together.latents["shares"][:, :1] + together.latents["share"]
     z = (together.data["y"] - fixed) / together.latents["scale"][:, None]
     assert abs(z.mean()) < 0.06 and abs(z.std() - 1) < 0.06 and abs(torch.corrcoef(z.T)[0, 1]) < 0.08
+
+
+def other_sites():
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    if pyro.sample("side", dist.Bernoulli(0.5)) > 0:
+        pyro.sample("extra", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(loc, 1.0))
+
+
+def test_model_of_other_sites_in_each_run_is_run_one_by_one_with_a_warning():
+    simulator = Simulator(other_sites, ["y"], ["loc"])
+    with pytest.warns(UserWarning, match="differ from run to run.* draw by draw"):
+        assert len(simulator.draw(20, seed=0)) == 20
 
 
 @pytest.mark.parametrize("model", [branches, hidden_noise], ids=["branches", "hidden noise"])
@@ -343,6 +470,11 @@ def subsampled():
         pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0))
 
 
+def covariance():
+    matrix = pyro.sample("matrix", dist.Wishart(torch.tensor(3.0), torch.eye(2)))
+    pyro.sample("y", dist.Normal(matrix[..., 0, 0], 1.0))
+
+
 def conditioned():
     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     pyro.sample("other", dist.Normal(loc, 1.0), obs=torch.tensor(0.3))
@@ -359,8 +491,20 @@ BAD_MODELS = {
     "all observed": (lambda: NeuralPosterior(gaussian, ["y", "loc"]), "latents must be a sequence of names"),
     "discrete latent": (lambda: NeuralPosterior(discrete, ["y"]), "discrete site 'kind'; leave it out of latents="),
     "dependent support": (lambda: NeuralPosterior(dependent, ["y"]), "site 'b' with another support"),
+    "no one-to-one map": (
+        lambda: NeuralPosterior(covariance, ["y"]),
+        "site 'matrix' on PositiveDefinite.* LKJCholesky",
+    ),
+    "summary of no vector": (
+        lambda: NeuralPosterior(gaussian, ["y"], summary=nn.Linear(2, 3)),
+        r"a vector for each data set, got shape \(2, 5, 3\) for two data sets at site 'y'",
+    ),
+    "summary of several results": (
+        lambda: NeuralPosterior(gaussian, ["y"], summary=nn.LSTM(2, 3, batch_first=True)),
+        "a vector for each data set, got tuple",
+    ),
     "data of no fixed size": (lambda: NeuralPosterior(growing, ["y"], latents=["loc"]), "site 'y' missing or of"),
-    "subsampled plate": (lambda: NeuralPosterior(subsampled, ["y"]), "plate 'rows' with 5 of 10"),
+    "subsampled plate": (lambda: NeuralPosterior(subsampled, ["y"]), "5 of 10 of plate 'rows'"),
     "conditioned elsewhere": (lambda: NeuralPosterior(conditioned, ["y"]), r"\['other'\] left"),
     "summary of another site": (lambda: NeuralPosterior(gaussian, ["y"], summary={"x": nn.Flatten()}), r"\['x'\]"),
     "one summary for two sites": (
@@ -433,7 +577,7 @@ BAD_SIMULATIONS = {
     "data of another shape": ({"loc": torch.zeros(20, 2)}, {"y": torch.zeros(20, 5, 3)}, "site 'y' must have shape"),
     "unequal numbers": ({"loc": torch.zeros(20, 2)}, {"y": torch.zeros(19, 5, 2)}, "'loc': 20, 'y': 19"),
     "none finite": ({"loc": torch.zeros(20, 2)}, {"y": torch.full((20, 5, 2), torch.nan)}, "got 0 of 20"),
-    "too few": ({"loc": torch.zeros(9, 2)}, {"y": torch.zeros(9, 5, 2)}, "10 simulations at least .* got 9 of 9"),
+    "too few": ({"loc": torch.zeros(10, 2)}, {"y": torch.zeros(10, 5, 2)}, "11 simulations at least .* got 10 of 10"),
 }
 
 

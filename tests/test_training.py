@@ -511,6 +511,14 @@ def test_a_resumed_loop_is_in_the_same_state(tmp_path: Path) -> None:
     assert resaved is not None and [name for name in state if not equal(state[name], resaved[name])] == []
 
 
+def test_a_resumed_loop_keeps_its_learning_rate(tmp_path: Path) -> None:
+    task = Bowl(disturb=raise_at(51, KeyboardInterrupt()))
+    make_loop(task, rate=0.1, checkpoint=tmp_path / "a.ckpt").run()
+    again = make_loop(Bowl(), rate=0.2, checkpoint=tmp_path / "a.ckpt")
+    again._resume()
+    assert again._rates == [0.1]
+
+
 def test_interruption_saves_the_last_whole_step(tmp_path: Path) -> None:
     task = Bowl(disturb=raise_at(101, KeyboardInterrupt()))
     make_loop(task, checkpoint=tmp_path / "a.ckpt", every=1000).run()

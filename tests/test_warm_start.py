@@ -24,6 +24,7 @@ from pyro_affine.latent_elbo import LatentELBO
 from pyro_affine.low_rank import LowRankAffine
 from pyro_affine.particles import Pair
 from pyro_affine.pathfinder import climb
+from pyro_affine.random_state import seeded
 from pyro_affine.warm_start import find_gaussian
 from pyro_affine.whitening import DiagonalWhitening, Whitening
 
@@ -60,7 +61,7 @@ def plates(data: Tensor = DATA, size: int | None = None) -> None:
 
 def branching() -> None:
     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    if z[0] > 0:  # can not run at many draws at once
+    if z[0] > 0:  # cannot run at many draws at once
         z = z + 1
     pyro.sample("y", dist.Normal(z[1], 0.5), obs=torch.tensor(0.7))
 
@@ -116,6 +117,34 @@ def test_density_is_that_of_model_and_constraints(model: Any) -> None:
         assert math.isclose(float(value), float((model_trace.log_prob_sum() - deltas).detach()), rel_tol=1e-10)
     leaf = latents.clone().requires_grad_()
     assert torch.allclose(scores, torch.autograd.grad(density(leaf).sum(), leaf)[0], rtol=1e-10)
+
+
+def test_an_improper_prior_with_an_event_shape_has_one_jacobian_a_draw() -> None:
+    def model() -> None:
+        scales = pyro.sample("scales", dist.ImproperUniform(constraints.positive, (), (3,)))
+        pyro.sample("y", dist.Normal(torch.zeros(3), scales).to_event(1), obs=torch.ones(3))
+
+    guide = make_guide(model, init_loc_fn=init_to_value(values={"scales": torch.ones(3)}))
+    latents = torch.randn(5, 3)
+    expected = (dist.Normal(0.0, latents.exp()).log_prob(torch.ones(())) + latents).sum(-1)
+    for nesting in (0, None):
+        assert torch.allclose(LatentDensity(model, guide, nesting=nesting)(latents), expected)
+
+
+def test_a_model_with_many_rows_is_run_at_fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    guide = make_guide(plates)
+    latents = torch.randn(20, guide.latent_dim)
+    expected = make_density(plates, guide).value_and_score(latents)
+    monkeypatch.setattr("pyro_affine.traces._MAX_ENTRIES", 100)
+    density, pair = make_density(plates, guide), Pair(plates, guide)
+    assert [len(rows) for rows in density.pieces(latents)] == [11, 9]  # of nine entries each
+    for found, whole in zip(density.value_and_score(latents), expected, strict=True):
+        assert torch.allclose(found, whole)
+    with seeded(1):
+        first = pair.log_weights(30, 1)
+    with seeded(1):
+        again = pair.log_weights(30, 1)  # the number of draws at once is known by now
+    assert pair._draws_at_once == 11 and torch.equal(first, again)
 
 
 def test_rows_that_the_model_refuses_are_nan_and_the_others_are_not() -> None:
@@ -439,6 +468,13 @@ def test_low_rank_map_is_exact(rank: int) -> None:
     matrix = torch.autograd.functional.jacobian(lambda v: layer._forward(v)[0], x[0])
     assert torch.allclose(back, x, atol=1e-10) and torch.allclose(log_det, log_det_back)
     assert torch.allclose(log_det[0], matrix.logdet(), atol=1e-10)
+
+
+def test_low_rank_map_is_the_same_whatever_the_default_device() -> None:
+    loc = torch.zeros(6)
+    with torch.device("meta"):
+        layer = LowRankAffine(loc)
+    assert torch.equal(layer.factor, LowRankAffine(loc).factor)
 
 
 def test_low_rank_map_starts_next_to_its_diagonal_and_saves_no_matrix() -> None:

@@ -47,7 +47,7 @@ def good_khat(row: Row) -> bool:
 
 
 class Verdict(NamedTuple):
-    """Bars that are missed, and bars that can not be judged by the runs there are, in words."""
+    """Bars that are missed, and bars that cannot be judged by the runs there are, in words."""
 
     missed: list[str]
     open: list[str]

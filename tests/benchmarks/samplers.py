@@ -99,7 +99,7 @@ def draw_chain(target: Target, args: Args, lengths: tuple[int, int], *, seed: in
         return _run_chain(NUTS(target.model, jit_compile=True, ignore_jit_warnings=True), args, lengths, seed, watch)
     except OverTimeError:
         raise
-    except Exception:  # whatever torch.jit makes of a model that it can not trace
+    except Exception:  # whatever torch.jit makes of a model that it cannot trace
         return _run_chain(NUTS(target.model), args, lengths, seed, watch)
 
 
