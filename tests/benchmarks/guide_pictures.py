@@ -52,6 +52,8 @@ def _picture(rows: list[Row], figure_of: Any, bar: float, title: str, path: Path
         axes.set_title(target.partition("-")[0], fontsize=9)
     for axes in grid.flat[len(targets) :]:
         axes.set_visible(False)
+    for axes in grid.flat[max(len(targets) - grid.shape[1], 0) :]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
 
