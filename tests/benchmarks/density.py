@@ -42,7 +42,8 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="NAME", help=f"default: {', '.join(TABLES)}")
+    tables = f"default: each .npz of the folder, {', '.join(TABLES)}"
+    add("--tables", nargs="+", choices=TABLES, default=TABLES, metavar="NAME", help=tables)
     known = (*METHODS, *ABLATIONS)
     add("--methods", nargs="+", choices=known, default=METHODS, metavar="NAME", help=f"of {', '.join(known)}")
     add("--seconds", nargs="+", type=float, default=(60.0, 300.0), metavar="S", help="budgets (default 60 300)")
@@ -65,6 +66,8 @@ def _work(text: str) -> None:
 
 
 def _run_all(options: argparse.Namespace, path: Path) -> None:
+    if not TABLES:
+        sys.exit("The tables are read from ../shared/data/density, which is missing")
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {key_of(row) for row in read_rows(path) if row["status"] == "ok" or not options.retry}
     jobs = [job for job in _jobs(options) if job.key not in done]

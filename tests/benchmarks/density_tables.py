@@ -24,7 +24,7 @@ def report(rows: Sequence[Row]) -> str:
     found = sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows if "versions" in row})
     clocks = ", ".join(sorted({row["clock"] for row in rows}))
     sections = [f"{len(rows)} runs; {'; '.join(found)}; clock: {clocks}."]
-    for table in TABLES:
+    for table in dict.fromkeys((*TABLES, *(row["table"] for row in rows))):
         of_table = [row for row in rows if row["table"] == table]
         if of_table:
             sections += [f"## {table}", _lines(table, of_table)]
