@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,8 +28,9 @@ class Rows:
         return Rows(self.value[index], None if self.context is None else self.context[index])
 
     def to(self, device: torch.device) -> Rows:
-        """The rows on a device."""
-        return Rows(self.value.to(device), None if self.context is None else self.context.to(device))
+        """The rows on a device; copies to a GPU from a loader that pins its memory overlap with what the GPU does."""
+        move = partial(Tensor.to, device=device, non_blocking=device.type == "cuda")
+        return Rows(move(self.value), None if self.context is None else move(self.context))
 
 
 @dataclass(frozen=True)

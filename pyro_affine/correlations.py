@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_affine.precision import product
 from pyro_affine.transform import FlowTransform
 
 
@@ -46,7 +47,7 @@ class Correlations(FlowTransform):
         return torch.equal(self.scale_tril, torch.eye(len(self.loc)).to(self.scale_tril))
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x @ self.scale_tril.T + self.loc, self._log_det(x)
+        return product(x, self.scale_tril.T) + self.loc, self._log_det(x)
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = (y - self.loc).reshape(-1, y.shape[-1])

@@ -113,7 +113,8 @@ class AffineCoupling(FlowTransform):
                 f"{type(self.scale).__name__} needs a raw log-scale, got None from the conditioner; build it with "
                 "shift_only=False, or use AdditiveScale"
             )
-        return shift, self.scale(shift if raw is None else raw)
+        raw = shift if raw is None else raw
+        return shift.to(kept.dtype), self.scale(raw.to(kept.dtype))  # autocast may round networks, and nothing else
 
     def _extra_slots(self) -> Iterator[tuple[dict[str, Any], str]]:
         if self.context is not None:

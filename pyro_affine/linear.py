@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from pyro_affine.precision import product
 from pyro_affine.transform import FlowTransform
 
 _MOST_SHOWN = 20  # entries in a message
@@ -117,7 +118,7 @@ class LowerTriangularAffine(FlowTransform):
         return self.log_scale.exp()[:, None] * unit
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = (x + x @ self.below.tril(-1).T) * self.log_scale.exp() + self.loc
+        y = (x + product(x, self.below.tril(-1).T)) * self.log_scale.exp() + self.loc
         return y, self.log_scale.sum().expand(x.shape[:-1])
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:

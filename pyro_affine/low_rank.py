@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyro_affine.precision import product
 from pyro_affine.transform import FlowTransform
 
 
@@ -54,17 +55,17 @@ class LowRankAffine(FlowTransform):
         self.factor = nn.Parameter((0.1 * directions).to(loc))
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self.loc + self.log_scale.exp() * (x + (x @ self.factor) @ self.factor.T)
+        y = self.loc + self.log_scale.exp() * (x + product(product(x, self.factor), self.factor.T))
         return y, self._log_det(y)
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         whitened = (y - self.loc) * (-self.log_scale).exp()
         inner: Tensor = torch.cholesky_solve(self.factor.T, torch.linalg.cholesky(self._core()))
-        return whitened - (whitened @ self.factor) @ inner, self._log_det(y)
+        return whitened - product(product(whitened, self.factor), inner), self._log_det(y)
 
     def _core(self) -> Tensor:
         rank = self.factor.shape[1]
-        return torch.eye(rank, dtype=self.factor.dtype, device=self.factor.device) + self.factor.T @ self.factor
+        return torch.eye(rank, dtype=self.factor.dtype, device=self.factor.device) + product(self.factor.T, self.factor)
 
     def _log_det(self, y: Tensor) -> Tensor:
         diagonal: Tensor = torch.linalg.cholesky(self._core()).diagonal()

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_affine.checkpoint import check_same, fingerprint, read_checkpoint, write_checkpoint
 from pyro_affine.distributed import ALONE, Processes
 from pyro_affine.fit_result import FitResult, NonFiniteError
+from pyro_affine.precision import casts_anew
 from pyro_affine.progress import ProgressBar
 from pyro_affine.random_state import random_state, set_random_state
 from pyro_affine.recovery import PERSISTENT, RESCUE_FACTOR, Recovery
@@ -73,6 +74,7 @@ class TrainingLoop:
             describe=lambda loss: f"{task.loss_name} {task.describe(loss)}",
         )
 
+    @casts_anew()
     def run(self) -> FitResult:
         """Train to the end, from the checkpoint if there is one."""
         finished = self._resume()

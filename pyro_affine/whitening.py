@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pyro_affine.precision import product
 from pyro_affine.transform import FlowTransform
 
 
@@ -61,7 +62,7 @@ class Whitening(FlowTransform):
         self.scale_tril_stored.copy_(scale_tril.tril())
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x @ self.scale_tril.T + self.loc, self._log_det(x)
+        return product(x, self.scale_tril.T) + self.loc, self._log_det(x)
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         rows = (y - self.loc).reshape(-1, y.shape[-1])

@@ -19,7 +19,7 @@ import pytest
 import pyro_affine
 
 FLOORS = {  # files of one floor do not know each other
-    "cache": -1,
+    "cache precision": -1,
     "transform masks scales conditioners bounded_input convolutions partition steps": 0,
     "pareto verdict weighted traces inference_data health_report neutra_result uniformity": 0,
     "checkpoint progress random_state fit_result step_size stopping task trained_weights weight_decay parameters": 0,
