@@ -149,7 +149,7 @@ class RowBatches:
         epoch, batch = divmod(self._taken, per_epoch)
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed((self._seed + epoch) % 2**63)
-            self._order = epoch, self._index[torch.randperm(len(self._index), generator=generator)]
+            self._order = epoch, self._index[torch.randperm(len(self._index), generator=generator, device="cpu")]
         self._taken += 1
         size = len(self._index)
         return self._rows[self._order[1][batch * size // per_epoch : (batch + 1) * size // per_epoch]]

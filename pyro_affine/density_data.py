@@ -65,7 +65,7 @@ def _check_loader_options(context: Any, share: float) -> None:
 
 def _shuffled(num_rows: int, seed: int) -> Tensor:
     """Always the same order for a seed, so that a resumed fit holds out the same rows."""
-    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 def _rows(validation: Any, check: RowCheck) -> Rows:

@@ -49,7 +49,7 @@ class Path:
     def _first_inverse(self) -> Tensor:
         """So that a first step is no longer than 1."""
         length = self.score.norm().clamp(min=1.0)
-        inverse: Tensor = torch.eye(len(self.point)).to(self.point) / length
+        inverse: Tensor = torch.eye(len(self.point), dtype=self.point.dtype, device=self.point.device) / length
         return inverse
 
     def probes(self, spacing: float) -> tuple[Tensor, Tensor]:

@@ -46,4 +46,4 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 def new_seed() -> int:
     """A seed drawn from torch's random state."""
-    return int(torch.randint(2**62, ()).item())
+    return int(torch.randint(2**62, (), device="cpu").item())
