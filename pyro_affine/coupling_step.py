@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pyro_affine.coupling import AffineCoupling
-from pyro_affine.network_step import Link, bend_of, links_of, number, run_network
+from pyro_affine.network_step import Bend, Link, bend_of, links_of, number, run_network
+from pyro_affine.partition import Partition
 from pyro_affine.steps import Made, Rows, Wanted
 
 _ELEMENTWISE_SCALES = "pyro_affine.scales"  # the file whose scale maps are all elementwise
@@ -29,15 +30,25 @@ def coupling_step(layer: AffineCoupling) -> CouplingStep | None:
     if links is None or type(scale).__module__ != _ELEMENTWISE_SCALES:
         return None
     network: Any = getattr(conditioner, "conditioner", conditioner)  # within BoundedInput
+    partition = _of_rows(layer.partition, getattr(network, "partition", None))
     fits = (network.input_dim, network.output_dim) == (layer.partition.num_kept, layer.partition.num_moved)
-    return CouplingStep(layer, links) if fits else None
+    return CouplingStep(partition, links, bend_of(scale)) if fits and partition is not None else None
+
+
+def _of_rows(events: Partition, read: Partition | None) -> Partition | None:
+    """How rows are cut: vectors as the events; of images, whose pixels are rows, the channels, kept side by side."""
+    if len(events.event_shape) == 1:
+        return None if read else events
+    if read is None or read.event_shape != events.event_shape or not (events.kept_first or events.kept_last):
+        return None
+    return Partition(events.mask[:, 0, 0], events.event_shape[:1])
 
 
 class CouplingStep:
     """y_kept = x_kept, y_moved = x_moved * exp(log_scale) + shift, as ``AffineCoupling``."""
 
-    def __init__(self, layer: AffineCoupling, links: list[Link]) -> None:
-        self.partition, self.links, self.bend = layer.partition, links, bend_of(layer.scale)
+    def __init__(self, partition: Partition, links: list[Link], bend: Bend) -> None:
+        self.partition, self.links, self.bend = partition, links, bend
         self.slots = [(link.parameters, name) for link in links for name in ("weight", "bias")]
 
     @property

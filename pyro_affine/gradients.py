@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro.distributions.score_parts import ScoreParts
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent
 
 from pyro_affine.cache import Slot
 from pyro_affine.compose import ComposeFlow, _total
 from pyro_affine.coupling import AffineCoupling
-from pyro_affine.fused import Run, can_fuse, fused_pass, open_pass, step_of
+from pyro_affine.fused import Run, can_fuse, open_pass, step_of
 from pyro_affine.memory import holding
 from pyro_affine.normal import normal_log_prob, sum_event
 from pyro_affine.transform import FlowTransform
@@ -149,7 +149,7 @@ def push_score(layer: FlowTransform, x: Tensor, score: Tensor) -> tuple[Tensor, 
     """
     step = step_of(layer) if can_fuse(x) else None
     if step is not None:
-        return fused_pass([step], x, score)
+        return Run([step], layer.event_shape or Size()).push(x, score)
     if isinstance(layer, ComposeFlow):
         return _push_through_chain(layer, x, score)
     if isinstance(layer, AffineCoupling):
@@ -174,14 +174,18 @@ def open_push(flow: FlowTransform, x: Tensor) -> Push:
     entries = flow._entries(x) if isinstance(flow, ComposeFlow) else [(0, flow, 0)]
     runs = [part.steps if isinstance(part, Run) else [step_of(part)] for _, part, _ in entries]
     steps = [step for run in runs for step in run if step is not None]
-    return partial(open_pass, steps) if all(None not in run for run in runs) else partial(push_score, flow)
+    return (
+        partial(open_pass, steps)
+        if x.dim() == 2 and all(None not in run for run in runs)
+        else partial(push_score, flow)
+    )
 
 
 def _push_through_chain(chain: ComposeFlow, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Part by part, but each run of parts that have a step in one go."""
     log_dets: list[Tensor] = []
     for _, part, dims in chain._entries(x):
-        push = partial(fused_pass, part.steps) if isinstance(part, Run) else partial(push_score, part)
+        push = part.push if isinstance(part, Run) else partial(push_score, part)
         x, log_det, score = push(x, score)
         log_dets.append(sum_event(log_det, dims))
     return x, _total(log_dets), score

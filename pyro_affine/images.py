@@ -102,17 +102,17 @@ class LogitImages(FlowTransform):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = (x.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
-        return y.clamp(*self._ends()), self._log_det(x)  # rounding alone can pass an end
+        return y.clamp(*self._ends()), self._log_det(-softplus(x) - softplus(-x))  # rounding alone can pass an end
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
         width = 1 - 2 * self.alpha
-        x = (self.alpha + width * y).log() - (self.alpha + width * (1 - y)).log()
-        return x, self._log_det(x)
+        up, down = (self.alpha + width * y).log(), (self.alpha + width * (1 - y)).log()  # log sigmoid of x and of -x
+        return up - down, self._log_det(up + down)
 
-    def _log_det(self, x: Tensor) -> Tensor:
-        log_slope = -softplus(x) - softplus(-x) - math.log1p(-2 * self.alpha)
-        rank = len(self.event_shape or ())
-        return log_slope.flatten(x.dim() - rank).sum(-1) if rank else log_slope
+    def _log_det(self, log_slope: Tensor) -> Tensor:
+        """From the log-slope of the sigmoid, entry by entry."""
+        log_slope, rank = log_slope - math.log1p(-2 * self.alpha), len(self.event_shape or ())
+        return log_slope.flatten(log_slope.dim() - rank).sum(-1) if rank else log_slope
 
     def extra_repr(self) -> str:
         """Margin and event shape, for ``repr``."""

@@ -79,31 +79,20 @@ class InvertibleLinear(FlowTransform):
     def weight(self) -> Tensor:
         """The matrix W. Shape: (num_channels, num_channels)."""
         with torch.autocast(self.lower_upper.device.type, enabled=False):
-            lower, upper = self._factors()
-            return (lower @ upper).index_select(0, self.order)
-
-    def _factors(self) -> tuple[Tensor, Tensor]:
-        """L and U."""
-        packed = self.lower_upper
-        eye = torch.eye(self.num_channels, dtype=packed.dtype, device=packed.device)
-        return packed.tril(-1) + eye, packed.triu(1) + (packed.diagonal().exp() * self.signs).diag()
+            return products(self.lower_upper, self.signs, self.order)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        weight = self.weight
-        with torch.autocast(x.device.type, enabled=False):
-            if self.rank == 1:
-                y = x.to(weight) @ weight.T
-            else:
-                y = (weight @ x.to(weight).flatten(1 - self.rank)).reshape(x.shape)
-        return y, self._log_det(x)
+        return self._mixed(self.weight, x), self._log_det(x)
 
     def _backward(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        lower, upper = self._factors()
-        rows = y.to(lower).movedim(-self.rank, -1)  # a solve takes one batch dim: (pixels of all events, channels)
-        x = rows.reshape(-1, self.num_channels).index_select(-1, self.inverse_order)
-        x = torch.linalg.solve_triangular(lower.T, x, upper=True, left=False, unitriangular=True)
-        x = torch.linalg.solve_triangular(upper.T, x, upper=False, left=False)
-        return x.reshape(rows.shape).movedim(-1, -self.rank), self._log_det(y)
+        return self._mixed(inverses(self.lower_upper, self.signs, self.order), y), self._log_det(y)
+
+    def _mixed(self, matrix: Tensor, events: Tensor) -> Tensor:
+        with torch.autocast(events.device.type, enabled=False):
+            events = events.to(matrix)
+            if self.rank == 1:
+                return events @ matrix.T
+            return (matrix @ events.flatten(1 - self.rank)).reshape(events.shape)
 
     def _log_det(self, x: Tensor) -> Tensor:
         batch_rank = x.dim() - self.rank
@@ -126,6 +115,40 @@ class InvertibleLinear(FlowTransform):
     def extra_repr(self) -> str:
         """Sizes, for ``repr``."""
         return f"{tuple(self.event_shape or (self.num_channels, *['any'] * (self.rank - 1)))}"
+
+
+def products(packed: Tensor, signs: Tensor, order: Tensor) -> Tensor:
+    """The matrices W = P L U of layers.
+
+    Args:
+        packed, signs, order: ``lower_upper`` and the buffers of one layer, or those of several stacked.
+
+    >>> layer = InvertibleLinear(3, seed=0)
+    >>> matrix = products(layer.lower_upper, layer.signs, layer.order)
+    >>> torch.allclose(matrix @ matrix.T, torch.eye(3), atol=1e-6)  # a rotation, until it is trained
+    True
+    """
+    upper = _upper(packed, signs)
+    return _permutations(packed, order) @ (upper + packed.tril(-1) @ upper)
+
+
+def inverses(packed: Tensor, signs: Tensor, order: Tensor) -> Tensor:
+    """The inverses of ``products``, by two triangular solves."""
+    undone = _permutations(packed, order).mT
+    solved: Tensor = torch.linalg.solve_triangular(packed, undone, upper=False, unitriangular=True)
+    solved = torch.linalg.solve_triangular(_upper(packed, signs), solved, upper=True)
+    return solved
+
+
+def _upper(packed: Tensor, signs: Tensor) -> Tensor:
+    """U."""
+    diagonal = packed.diagonal(dim1=-2, dim2=-1).exp() * signs
+    return torch.diagonal_scatter(packed, diagonal, dim1=-2, dim2=-1).triu()
+
+
+def _permutations(packed: Tensor, order: Tensor) -> Tensor:
+    """P."""
+    return torch.eye(packed.shape[-1], dtype=packed.dtype, device=packed.device)[order]
 
 
 def invertible_conv1x1(

@@ -8,11 +8,13 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Size, Tensor, nn
 
 from pyro_affine.bounded_input import BoundedInput
 from pyro_affine.conditioners import MLP, ResidualMLP, _Network, _ResidualBlock
+from pyro_affine.conv_net import ConvNet, ResidualConvNet
+from pyro_affine.convolutions import ImageNetwork, Residual
+from pyro_affine.linear_maps import LinearMap, map_of
 from pyro_affine.scales import AtanScale
 from pyro_affine.steps import Wanted
 
@@ -33,10 +35,12 @@ class Bend(NamedTuple):
     Attributes:
         run: argument -> value, and what ``pull`` needs to know.
         pull: gradient at the value, what is known -> gradient at the argument.
+        apply: argument -> value alone, in the place of the argument; None where there is no such function.
     """
 
     run: Callable[[Tensor], tuple[Tensor, Tensor]]
     pull: Callable[[Tensor, Tensor], Tensor]
+    apply: Callable[[Tensor], Tensor] | None = None
 
 
 class Link(NamedTuple):
@@ -44,19 +48,23 @@ class Link(NamedTuple):
 
     Attributes:
         bend: the elementwise function, from ``bend_of``.
-        parameters: weight and bias of the linear map.
+        map: the linear map.
+        parameters: its weight and bias.
         opens: what arrives here is also added to what a later link makes, one that ``closes``: a residual block.
         closes: see there.
     """
 
     bend: Bend | None
+    map: LinearMap
     parameters: dict[str, Any]
     opens: bool = False
     closes: bool = False
 
 
 def links_of(conditioner: nn.Module) -> list[Link] | None:
-    """A conditioner as a chain of links; None for one that is no ``MLP`` or ``ResidualMLP`` as it was built.
+    """A conditioner as a chain of links; None for one that is not among those of the package, as it was built.
+
+    Those for images must read whole channels, and see each pixel as a row.
 
     >>> [link.closes for link in links_of(ResidualMLP(2, 3, num_blocks=1)) or ()]
     [False, False, True, False]
@@ -65,26 +73,33 @@ def links_of(conditioner: nn.Module) -> list[Link] | None:
     if type(conditioner) is BoundedInput:
         inner = links_of(parts["conditioner"])
         return [inner[0]._replace(bend=bend_of(conditioner)), *inner[1:]] if inner and inner[0].bend is None else None
-    if type(conditioner) not in (MLP, ResidualMLP) or conditioner.shift_only or conditioner.context_dim:
+    if type(conditioner) not in _CONDITIONERS or conditioner.shift_only or conditioner.context_dim:
         return None
-    network = parts["network"]
-    if parts.get("raw_network") or type(network) is not _Network:
+    network, size, first = parts["network"], None, "from_kept"
+    if parts.get("raw_network") or type(network) not in (_Network, ImageNetwork):
         return None
-    links = _chained([network._modules.get("from_kept"), *_parts_of(network._modules.get("layers"))])
+    if isinstance(conditioner, ConvNet | ResidualConvNet):
+        if not conditioner.by_channel:
+            return None
+        size, first = conditioner.partition.event_shape[1:], "from_image"
+    links = _chained([network._modules.get(first), *_parts_of(network._modules.get("layers"))], size)
     return links if links and all(link.bend is not None for link in links[1:]) else None
 
 
-def _chained(modules: Iterable[Any]) -> list[Link] | None:
+_CONDITIONERS = (MLP, ResidualMLP, ConvNet, ResidualConvNet)
+
+
+def _chained(modules: Iterable[Any], size: Size | None) -> list[Link] | None:
     links: list[Link] = []
     bend: Bend | None = None
     for module in modules:
-        if type(module) is nn.Linear and module._parameters["bias"] is not None:
-            links.append(Link(bend, module._parameters))
+        if (linear := map_of(module, size)) is not None:
+            links.append(Link(bend, linear, module._parameters))
             bend = None
         elif type(module) in _ELEMENTWISE and bend is None and not getattr(module, "inplace", False):
             bend = bend_of(module)
-        elif type(module) is _ResidualBlock and bend is None:
-            pair = _chained(_parts_of(module._modules.get("layers")))
+        elif type(module) in (_ResidualBlock, Residual) and bend is None:
+            pair = _chained(_parts_of(module if type(module) is Residual else module._modules.get("layers")), size)
             if pair is None or len(pair) != 2:
                 return None
             links += [pair[0]._replace(opens=True), pair[1]._replace(closes=True)]
@@ -94,7 +109,7 @@ def _chained(modules: Iterable[Any]) -> list[Link] | None:
 
 
 def _parts_of(layers: Any) -> list[Any]:
-    return [*layers._modules.values()] if type(layers) is nn.Sequential else [layers]
+    return [*layers._modules.values()] if type(layers) in (nn.Sequential, Residual) else [layers]
 
 
 def run_network(links: list[Link], tensors: list[Tensor], kept: Tensor, *, record: bool) -> tuple[Tensor, NetworkPull]:
@@ -107,36 +122,44 @@ def run_network(links: list[Link], tensors: list[Tensor], kept: Tensor, *, recor
         record: without, the gradient cannot come back, and each value is freed as soon as the next is there, which
             spares a large batch a sixth of its time.
     """
+    enter, leave = links[0].map.enter, links[0].map.leave
     passed: list[tuple[Link, Tensor, Tensor, Any]] = []
-    hidden = skipped = kept
+    hidden = skipped = enter(kept)
     given = iter(tensors)
     for link, weight, bias in zip(links, given, given, strict=True):
         skipped = hidden if link.opens else skipped
-        hidden, known = (hidden, None) if link.bend is None else link.bend.run(hidden)
+        hidden, known = _bent(link.bend, hidden, in_place=not (record or hidden is skipped))
         if record:
             passed.append((link, weight, hidden, known))
         del known
-        hidden = F.linear(hidden, weight, bias)
+        hidden = link.map.run(hidden, weight, bias)
         hidden = hidden + skipped if link.closes else hidden
 
     def pull_network(grad: Tensor, onto: Tensor, wanted: Wanted, *, sign: int = 1) -> tuple[Tensor, list[Tensor]]:
         own: list[Tensor] = []
-        skipped = grad
+        skipped = grad = enter(grad)
         for link, weight, arrived, known in reversed(passed):
             skipped = grad if link.closes else skipped
             if wanted.tensors:
-                own += (grad.sum(0), torch.mm(grad.t(), arrived))
+                own += link.map.pull_tensors(grad, arrived, weight)
             if link.bend is None:  # the first link of all
                 break
-            grad = link.bend.pull(torch.mm(grad, weight), known)
+            grad = link.bend.pull(link.map.pull(grad, arrived, weight), known)
             grad = grad + skipped if link.opens else grad
         own.reverse()
-        if wanted.input:
-            is_bent = link.bend is not None
-            onto = torch.add(onto, grad, alpha=sign) if is_bent else torch.addmm(onto, grad, weight, alpha=sign)
+        if wanted.input and link.bend is None:
+            onto = link.map.pull_onto(onto, grad, arrived, weight, sign)
+        elif wanted.input:
+            onto = torch.add(onto, leave(grad), alpha=sign)
         return onto, own
 
-    return hidden, pull_network
+    return leave(hidden), pull_network
+
+
+def _bent(bend: Bend | None, at: Tensor, *, in_place: bool) -> tuple[Tensor, Any]:
+    if bend is None:
+        return at, None
+    return (bend.apply(at), None) if in_place and bend.apply is not None else bend.run(at)
 
 
 def bend_of(function: Any) -> Bend:
@@ -147,8 +170,8 @@ def bend_of(function: Any) -> Bend:
     >>> bend.pull(torch.ones(2), known)
     tensor([1., 1.])
     """
-    if type(function) is nn.SiLU:
-        return _SILU
+    if type(function) in _WRITTEN:
+        return _WRITTEN[type(function)]
     if type(function) is BoundedInput:
         return Bend(partial(_bounded, function), torch.ops.aten.tanh_backward.default)
     if type(function) is AtanScale:
@@ -156,7 +179,15 @@ def bend_of(function: Any) -> Bend:
     return Bend(lambda at: (function(at), at), partial(_pull_by_autograd, function))
 
 
-_SILU = Bend(lambda at: (silu(at), at), torch.ops.aten.silu_backward.default)
+def _relu(at: Tensor) -> tuple[Tensor, Tensor]:
+    value = torch.relu(at)
+    return value, value
+
+
+_WRITTEN = {
+    nn.SiLU: Bend(lambda at: (silu(at), at), torch.ops.aten.silu_backward.default, torch._C._nn.silu_),
+    nn.ReLU: Bend(_relu, lambda grad, value: torch.ops.aten.threshold_backward.default(grad, value, 0), torch.relu_),
+}
 
 
 def _bounded(function: BoundedInput, at: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,8 @@ class Made(NamedTuple):
 
     Attributes:
         value: y, or x in the inverse direction.
-        log_det: log|det dy/dx|, shape (B,), or terms to be summed, shape (B, k); None for 0.
+        log_det: log|det dy/dx|, shape (B,), or () if it is the same for all rows, or terms to be summed, shape (B, k);
+            None for 0.
         pull: (grad, grad_log_det, wanted) -> (gradient of what was given, gradients of the tensors in turn), with
             grad_log_det of shape (B, 1), or None for 0. It may be called more than once.
         push: score at x -> score at y; none in the inverse direction.
@@ -44,7 +45,7 @@ class Step(Protocol):
     def cut(self) -> int | None: ...
 
     def tensors(self) -> list[Tensor]:
-        """What is trained, as it is now."""
+        """What gradients are wanted for, as it is now."""
 
     def forward(self, x: Any, tensors: list[Tensor], *, record: bool = True) -> Made:
         """From the base side to the data side; without a record, what it makes can be neither pulled nor pushed."""

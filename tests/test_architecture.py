@@ -19,15 +19,16 @@ import pytest
 import pyro_affine
 
 FLOORS = {  # files of one floor do not know each other
-    "cache precision": -1,
-    "transform masks scales conditioners bounded_input convolutions partition steps": 0,
+    "cache conditioners convolutions partition precision": -1,
+    "transform masks scales bounded_input conv_net linear_maps steps": 0,
     "pareto verdict weighted traces inference_data health_report neutra_result uniformity": 0,
     "checkpoint progress random_state fit_result step_size stopping task trained_weights weight_decay parameters": 0,
     "gaussian warped_model known_classes data_encoder latent_layout normal regression student summaries stored_rows": 0,
-    "foreign coupling actnorm invertible_linear conv_net linear low_rank tails whitening curves correlations": 1,
+    "early_dropout": 0,
+    "foreign coupling actnorm invertible_linear linear low_rank passes tails whitening curves correlations": 1,
     "network_step reshape images memory": 1,
     "distributed replay psis_result batches recovery blueprint saved_guide pathfinder support_check": 1,
-    "coupling_step layer_steps draws particles plots serialize stored_batches draws_on_disk": 2,
+    "coupling_step layer_steps mixing_step draws particles plots serialize stored_batches draws_on_disk": 2,
     "fused latent_density simulations training compiled density_data": 3,
     "compose density_task recorded warm_start": 4,
     "audit fit_density gradients image_flows normalizing_flow": 5,

@@ -6,18 +6,21 @@ import copy
 
 import pytest
 import torch
-from cases import assert_close, randomised
+from cases import assert_close, glow_step, image_coupling, randomised
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from pyro_affine import ComposeFlow, NormalizingFlow, network_step, real_nvp
+from pyro_affine.actnorm import ActNorm, initialize_actnorms
 from pyro_affine.bounded_input import BoundedInput
 from pyro_affine.conditioners import MLP, ResidualMLP
+from pyro_affine.conv_net import ResidualConvNet
 from pyro_affine.correlations import Correlations
 from pyro_affine.coupling import AffineCoupling
 from pyro_affine.fused import Plan, Run
+from pyro_affine.invertible_linear import InvertibleLinear
 from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
-from pyro_affine.masks import alternating_mask, half_mask
+from pyro_affine.masks import alternating_mask, channel_mask, checkerboard_mask, half_mask
 from pyro_affine.scales import AdditiveScale, AtanScale, ExpScale, SigmoidScale
 from pyro_affine.tails import LOFT
 from pyro_affine.whitening import DiagonalWhitening, Whitening
@@ -48,6 +51,12 @@ def tril(size):
     return torch.eye(size) + 0.3 * torch.ones(size, size).tril(-1)
 
 
+def bounded(coupling):
+    coupling.conditioner = BoundedInput(coupling.conditioner, 2.0)
+    return coupling
+
+
+ODD = (3, 2, 2)
 CHAINS = {
     "halves, reordered": lambda: [real_nvp(5, num_layers=4, hidden_dims=(6, 4))],
     "other cuts after one another": lambda: [layer(torch.arange(5) < 2), layer(torch.arange(5) >= 1)],
@@ -70,6 +79,20 @@ CHAINS = {
     "triangular at the base": lambda: [LowerTriangularAffine(torch.ones(5), 2.0), layer(half_mask(5))],
     "additive": lambda: [layer(half_mask(5), AdditiveScale())],
     "correlations": lambda: [layer(half_mask(5)), *other_units(5)],
+    "norm and mixing of vectors": lambda: [
+        ActNorm(5), layer(half_mask(5)), InvertibleLinear(5, seed=0), ActNorm(5), InvertibleLinear(5, seed=1),
+    ],
+    "Glow steps": lambda: [glow_step((4, 2, 3)), glow_step((4, 2, 3))],
+    "norms alone, mixing twice": lambda: [
+        ActNorm(ODD), image_coupling(channel_mask(3), ODD), *[InvertibleLinear(ODD, seed=i) for i in range(2)],
+        ActNorm(ODD), ActNorm(ODD), image_coupling(~channel_mask(3), ODD, activation=nn.ReLU),
+    ],
+    "residual convolutions, bounded": lambda: [
+        image_coupling(channel_mask(3), ODD, ResidualConvNet), bounded(image_coupling(~channel_mask(3), ODD)),
+    ],
+    "a checkerboard between": lambda: [
+        glow_step(ODD), image_coupling(checkerboard_mask(2, 2), ODD), image_coupling(~channel_mask(3), ODD),
+    ],
     "one network twice": lambda: [shared := layer(half_mask(5)), Permutation(torch.tensor([4, 3, 2, 1, 0])), shared],
 }  # fmt: skip
 BATCHES = [(), (3,), (2, 3), (0,)]
@@ -116,7 +139,8 @@ def assert_all_close(found, expected, tolerance=1e-10):
 @pytest.mark.parametrize("batch_shape", BATCHES, ids=str)
 @pytest.mark.parametrize("name", CHAINS)
 def test_values_and_gradients(name, batch_shape, is_forward):
-    chain, value = make_chain(name), torch.randn(*batch_shape, 5, requires_grad=True)
+    chain = make_chain(name)
+    value = torch.randn(*batch_shape, *chain.event_shape, requires_grad=True)
     fused, expected = both_ways(chain, value, is_forward)
     assert fused[0].shape == value.shape and fused[1].shape == batch_shape
     assert_all_close(fused, expected, 1e-12)
@@ -129,7 +153,8 @@ def test_values_and_gradients(name, batch_shape, is_forward):
 @pytest.mark.parametrize("is_forward", [True, False], ids=["forward", "inverse"])
 @pytest.mark.parametrize("name", CHAINS)
 def test_second_derivatives(name, is_forward):
-    chain, value = make_chain(name), torch.randn(3, 5, requires_grad=True)
+    chain = make_chain(name)
+    value = torch.randn(3, *chain.event_shape, requires_grad=True)
     inputs = [value, *chain.parameters()]
     seconds = []
     for outputs in both_ways(chain, value, is_forward):
@@ -238,6 +263,31 @@ def test_guard_and_memory_can_be_set_later():
     chain.parts[0].memory = "checkpoint"
     chain._forward(torch.ones(5))
     assert not any(isinstance(part, Run) for _, part, _ in chain.__dict__["_plan"].entries)
+
+
+def test_norms_of_a_chain_that_was_fused_still_wait_for_data():
+    chain, data = ComposeFlow(CHAINS["Glow steps"]()), 2 + 3 * torch.randn(50, 4, 2, 3)
+    chain._backward(data)
+    x = initialize_actnorms(chain, data)
+    assert_close(x, one_by_one(chain, data, False)[0], 1e-12)
+    assert_close(both_ways(chain, data, False)[0][0], x, 1e-12)
+    last = chain.parts[-1].parts[-1]
+    assert last.initialized
+    assert_close(last.shift.flatten(), data.mean((0, 2, 3)), 1e-12)
+
+
+OTHER_CONVOLUTIONS = {
+    "around the border": lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"),
+    "wider": lambda: nn.Conv2d(2, 3, 3, padding=2, dilation=2),
+    "in groups": lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2),
+    "without a bias": lambda: nn.Conv2d(2, 3, 3, padding=1, bias=False),
+    "not square": lambda: nn.Conv2d(2, 3, (1, 3), padding=(0, 1)),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_CONVOLUTIONS.values(), ids=OTHER_CONVOLUTIONS)
+def test_convolutions_of_another_kind_are_left_to_the_layers(make):
+    assert network_step.map_of(make(), torch.Size([4, 4])) is None
 
 
 def test_copies_have_plans_of_their_own():

@@ -32,7 +32,7 @@ from pyro_affine.compose import ComposeFlow
 from pyro_affine.conditioners import MLP, ResidualMLP
 from pyro_affine.coupling import AffineCoupling
 from pyro_affine.flows import real_nvp
-from pyro_affine.fused import fused_pass, step_of
+from pyro_affine.fused import Run, step_of
 from pyro_affine.gradients import PathGradientDistribution, draw_with_score, push_score
 from pyro_affine.guides import AutoRealNVP
 from pyro_affine.linear import LowerTriangularAffine, Permutation, Standardization
@@ -198,7 +198,7 @@ def test_the_fast_pass_takes_what_it_should() -> None:
 def test_the_fast_pass_equals_the_layer(name: str) -> None:
     layer = jitter(CHAINS[name][0]())
     x, score = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4)
-    y, log_det, _ = fused_pass([step_of(layer)], x, score)
+    y, log_det, _ = Run([step_of(layer)], layer.event_shape).push(x, score)
     y_layer, log_det_layer = layer._forward(x)
     assert torch.allclose(y, y_layer, atol=1e-14) and torch.allclose(log_det, log_det_layer, atol=1e-14)
     for pair in ((y.sin().sum(), y_layer.sin().sum()), ((log_det**3).sum(), (log_det_layer**3).sum())):
@@ -226,7 +226,7 @@ def test_autocast_is_left_to_the_layer() -> None:
 
 def test_parameters_changed_between_draw_and_backward_are_refused() -> None:
     layer = coupling()
-    y, _, _ = fused_pass([step_of(layer)], torch.randn(3, 4), torch.randn(3, 4))
+    y, _, _ = Run([step_of(layer)], layer.event_shape).push(torch.randn(3, 4), torch.randn(3, 4))
     with torch.no_grad():
         layer.conditioner.network.from_kept.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -84,11 +84,9 @@ def test_formula(shape, batch_shape):
 
 def test_weight_is_the_product_of_its_factors():
     t = randomised(InvertibleLinear(6, seed=2))
-    lower, upper = t._factors()
-    assert torch.equal(lower, lower.tril()) and torch.equal(lower.diagonal(), torch.ones(6, dtype=F64))
-    assert torch.equal(upper, upper.triu())
-    permutation = torch.eye(6, dtype=F64)[t.order]
-    assert_close(t.weight, permutation @ lower @ upper, 1e-12)
+    packed, eye = t.lower_upper, torch.eye(6, dtype=F64)
+    lower, upper = packed.tril(-1) + eye, packed.triu(1) + (packed.diagonal().exp() * t.signs).diag()
+    assert_close(t.weight, eye[t.order] @ lower @ upper, 1e-12)
 
 
 def test_convolution_of_images_of_any_size():

@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import randomised
+from cases import glow_step, randomised
 from torch.profiler import ProfilerActivity, profile
 
-from pyro_affine import AffineCoupling, NormalizingFlow, real_nvp
+from pyro_affine import AffineCoupling, ComposeFlow, NormalizingFlow, real_nvp
 
 MOST_BEYOND_THE_NETWORK = 6  # of a coupling: leaky_relu twice, atan2, mul, exp, addcmul
 OF_A_REORDERING = 3  # the halves are joined, reordered and cut again
+OF_A_GLOW_STEP = 10  # beyond its coupling: one product, its transpose, log-determinant, halves, pixels as rows and back
 BACK_OF_A_LINEAR_MAP = 7  # bias, weight (a transpose first), input, activation; both gradients handed over
 OF_BASE_AND_UNITS = 14  # 7 each
 OF_A_CHAIN = 7  # reshapes, the cut, the last join, all log-determinants in one cat and one sum
@@ -65,6 +66,16 @@ def test_operators_of_a_coupling_forward(run, sizes):
     of_pair = (many - few) / 3  # two couplings and the reordering before them
     assert of_pair <= 2 * MOST_BEYOND_THE_NETWORK + OF_A_REORDERING
     assert few <= 4 * MOST_BEYOND_THE_NETWORK + OF_A_REORDERING + OF_A_CHAIN
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_operators_of_a_glow_step(run):
+    counts = []
+    for num_steps in (2, 8):
+        flow = randomised(ComposeFlow([glow_step((4, 3, 2)) for _ in range(num_steps)])).float()
+        found = operators(lambda flow=flow: run(flow, torch.randn(5, 4, 3, 2)))
+        counts.append(sum(found.values()) - 5 * num_steps)  # a network has five layers
+    assert counts[1] - counts[0] <= 6 * (MOST_BEYOND_THE_NETWORK + OF_A_GLOW_STEP)
 
 
 def test_a_network_is_no_more_than_its_layers():
