@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,14 @@ from pyro_affine.compose import ConditionalComposeFlow
 from pyro_affine.conditioners import MLP
 from pyro_affine.coupling import ConditionalAffineCoupling
 from pyro_affine.data_encoder import DataEncoder
+from pyro_affine.early_dropout import EarlyDropout, with_dropout
 from pyro_affine.flows import NormalizingFlow, conditional_real_nvp
 from pyro_affine.linear import LowerTriangularAffine
 from pyro_affine.regression import ridge
 from pyro_affine.scales import AdditiveScale
 
 _REGRESSION_ENTRIES = 50_000_000  # of the context, in float64: 400 MB
+_DEGREES_OF_FREEDOM = 200.0  # to start from: nearly normal
 
 
 class AmortisedDensity(nn.Module):
@@ -26,16 +29,19 @@ class AmortisedDensity(nn.Module):
 
     With the encoded data c, brought to unit scale, and f a conditional RealNVP,
 
-        u = loc + scale * (W c + b + L f(x; c)),  x ~ N(0, I).
+        u = loc + scale * (W c + b + L f(x; c)),  x ~ t(df), independent Student's t.
 
     loc and scale are the stored units of the latents. W, b and L start at the linear regression of the latents on what
-    is fixed in c, and f at the identity: the start is exact for a linear Gaussian model.
+    is fixed in c, f at the identity, and df at 200: up to tails that are a little heavier, the start is exact for a
+    linear Gaussian model. All are trained, df too.
 
     Args:
         size: number of unconstrained latents.
         encoder: from packed data to the context.
         latents: names and shapes of the sites that the vector holds, in its order, to be checked when it is used again.
         num_layers, hidden_dims, activation, seed: of the flow, as in ``conditional_real_nvp``.
+        dropout: share of the hidden values of the flow's networks that are left out in training mode. None are left out
+            once the learning rate falls.
 
     >>> density = AmortisedDensity(3, DataEncoder({"y": Size([4])}, {}))
     >>> density.log_prob(torch.zeros(7, 3), torch.zeros(7, 4)).shape
@@ -53,17 +59,21 @@ class AmortisedDensity(nn.Module):
         num_layers: int = 8,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
+        dropout: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        options: dict[str, Any] = {"num_layers": num_layers, "hidden_dims": hidden_dims, "activation": activation}
+        options: dict[str, Any] = {"num_layers": num_layers, "hidden_dims": hidden_dims}
+        options["activation"] = with_dropout(activation, dropout)
         self.encoder, context_dim = encoder, encoder.context_dim
         moves_all = torch.zeros(size, dtype=torch.bool)
         linear = MLP(0, size, (), context_dim=context_dim, shift_only=True)
         self.regression = ConditionalAffineCoupling(moves_all, linear, AdditiveScale())
         self.noise = LowerTriangularAffine(torch.zeros(size))
         couplings = conditional_real_nvp(size, context_dim, seed=seed, **options)
-        self.flow = NormalizingFlow(ConditionalComposeFlow([couplings, self.noise, self.regression]), size)
+        chain = ConditionalComposeFlow([couplings, self.noise, self.regression])
+        self.flow = NormalizingFlow(chain, size, tails="student")
+        nn.init.constant_(self.flow.raw_df, math.log(_DEGREES_OF_FREEDOM - 1))
         self.event_shape, self.latents = Size([size]), None if latents is None else dict(latents)
         self.standardized = False
 
@@ -95,6 +105,12 @@ class AmortisedDensity(nn.Module):
             self._regress(latents[:rows], packed[:rows])
             self.standardized = True
 
+    def follow(self, step_size: float) -> None:
+        """Take in how large steps are, as a share of the largest; training calls it before each."""
+        for module in self.flow.modules():
+            if isinstance(module, EarlyDropout):
+                module.follow(step_size)
+
     def undecayed(self) -> list[Tensor]:
         """Weights that start from the data, for which zero is no better guess: no weight decay draws them there."""
         return [self._linear().weight]
@@ -111,5 +127,5 @@ class AmortisedDensity(nn.Module):
         self._linear().weight.copy_(weight)
         self._linear().bias.copy_(bias)
         scale = tril.diagonal()
-        self.noise.log_scale.copy_(scale.log())
+        self.noise.log_scale.copy_(scale.log() - math.log(_DEGREES_OF_FREEDOM / (_DEGREES_OF_FREEDOM - 2)) / 2)
         self.noise.below.copy_((tril / scale[:, None]).tril(-1))

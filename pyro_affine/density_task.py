@@ -81,6 +81,9 @@ class DensityTask:
 
     def prepare(self) -> None:
         """Fetch a minibatch, and take the share of this process."""
+        follow: Any = getattr(self.flow, "follow", None)
+        if self.optimizer is not None and follow is not None:  # how large the step is, as a share of the largest
+            follow(self.optimizer.param_groups[0]["lr"] / self.arguments["learning_rate"])
         batch = self.batches.next()
         self._num_prepared += 1
         if self._has_all is None:

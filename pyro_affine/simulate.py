@@ -22,7 +22,8 @@ from pyro_affine.simulations import Simulations, Simulator
 
 _EPOCHS, _FEWEST_EPOCHS, _FEWEST_STEPS, _MOST_STEPS = 100, 20, 300, 10_000
 _FEWEST_ROWS = 11  # of which a tenth, two, are held out
-_WAIT = 400  # steps without a new best on held-out simulations
+_WAIT = 240  # steps without a new best on held-out simulations
+_DECAY = 0.3  # share of the steps: late, as overfitting is held back by dropout before it only
 
 
 class NeuralPosterior:
@@ -44,6 +45,7 @@ class NeuralPosterior:
         summary: a Module from the data to a vector; with several observed sites a dict of Modules by site. For
             i.i.d. rows ``DeepSets`` or ``SetTransformer``; the data may then have fewer rows than simulated.
         num_layers, hidden_dims, activation, seed: of the flow, as in ``conditional_real_nvp``.
+        dropout: as in ``AmortisedDensity``; 0 for none.
         density: a density that was trained before, such as ``load`` gives, in place of a new one.
 
     Attributes:
@@ -81,6 +83,7 @@ class NeuralPosterior:
         num_layers: int = 8,
         hidden_dims: Sequence[int] = (64, 64),
         activation: Callable[[], nn.Module] = nn.SiLU,
+        dropout: float = 0.1,
         seed: int = 0,
         density: AmortisedDensity | None = None,
     ) -> None:
@@ -94,8 +97,9 @@ class NeuralPosterior:
         observed_shapes = {name: shapes[name] for name in self.simulator.observed}
         if density is None:
             flow: dict[str, Any] = {"num_layers": num_layers, "hidden_dims": hidden_dims, "activation": activation}
+            flow |= {"dropout": dropout, "seed": seed}
             encoder = DataEncoder(observed_shapes, _by_site(summary, self.simulator.observed))
-            density = AmortisedDensity(self.layout.size, encoder, latents=self.layout.shapes, seed=seed, **flow)
+            density = AmortisedDensity(self.layout.size, encoder, latents=self.layout.shapes, **flow)
             density = density.to(self.layout.unconstrain({name: sites[name]["value"] for name in names}))
         _require_same(density, self.layout, observed_shapes)
         self.density = density
@@ -198,7 +202,7 @@ def fit_posterior(
         at_once, path: as in ``Simulator.draw``: whether many simulations run at once; folder to keep them in.
         batch_size: simulations in a step.
         patience: number of held-out scores, one in each pass or a few short ones, without a new best to wait for; by
-            default those of 400 steps, four at least.
+            default those of 240 steps, four at least.
         seed: makes simulations and fit reproducible.
         progress: whether to show bars.
         options: further ones of ``fit_density``, such as ``num_steps``, ``seconds``, ``learning_rate``, ``checkpoint``.
@@ -230,7 +234,7 @@ def fit_posterior(
             options["num_steps"] = _num_steps(per_epoch)
         patience = max(4, _WAIT // max(per_epoch, 20)) if patience is None else patience
         call: dict[str, Any] = {"batch_size": batch_size, "patience": patience, "seed": seed, "progress": progress}
-        return fit_density(npe.density, latents, packed, **call, **options)
+        return fit_density(npe.density, latents, packed, **call, **{"decay": _DECAY, **options})
 
 
 def _num_steps(per_epoch: int) -> int:

@@ -14,8 +14,10 @@ from torch import nn
 from torch.distributions import constraints
 
 from pyro_affine import DeepSets, NeuralPosterior, Simulations, fit_posterior, load, save
+from pyro_affine.amortised_density import AmortisedDensity
 from pyro_affine.calibration import _positions
 from pyro_affine.data_encoder import DataEncoder, _centre_and_width
+from pyro_affine.early_dropout import EarlyDropout
 from pyro_affine.latent_layout import LatentLayout
 from pyro_affine.regression import ridge
 from pyro_affine.simulate import _cut, _num_steps
@@ -77,6 +79,47 @@ def test_training_finds_what_a_linear_start_can_not():
 @pytest.mark.parametrize(("num_batches", "num_steps"), [(1, 300), (4, 400), (40, 4000), (200, 10_000), (4000, 80_000)])
 def test_default_budget_is_a_hundred_passes_within_limits(num_batches, num_steps):
     assert _num_steps(num_batches) == num_steps
+
+
+def test_dropout_ends_when_the_learning_rate_falls(monkeypatch):
+    npe, shares = NeuralPosterior(gaussian, ["y"], dropout=0.2, **SMALL), []
+    layers = [module for module in npe.density.modules() if isinstance(module, EarlyDropout)]
+    follow = AmortisedDensity.follow
+
+    def watched(self, step_size):
+        follow(self, step_size)
+        shares.append({layer.p for layer in layers})
+
+    monkeypatch.setattr(AmortisedDensity, "follow", watched)
+    for seed in (0, 1):  # a second fit has it anew
+        shares.clear()
+        fit_posterior(npe, num_simulations=200, num_steps=50, patience=99, seed=seed, progress=False)
+        found = [next(iter(share)) for share in shares]
+        assert len(layers) == 2 and all(len(share) == 1 for share in shares) and len(found) == 50
+        assert found == [0.0] * 4 + [0.2] * 32 + [0.0] * 14  # warm-up, full learning rate, decay
+    assert not npe.density.training
+
+
+def test_dropout_leaves_the_mean_and_nothing_of_some():
+    layer, x = EarlyDropout(0.25), torch.ones(100_000)
+    y = layer(x)
+    assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)] and abs((y == 0).float().mean() - 0.25) < 0.01
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_no_dropout_and_what_is_none():
+    density = NeuralPosterior(gaussian, ["y"], dropout=0.0, **SMALL).density
+    assert not any(isinstance(module, nn.Dropout) for module in density.modules())
+    with pytest.raises(ValueError, match=r"dropout must be a share in \[0, 1\), got 1"):
+        NeuralPosterior(gaussian, ["y"], dropout=1.0, **SMALL)
+
+
+def test_far_values_are_less_likely_but_not_impossible():
+    posterior = trained(gaussian, num_simulations=500, num_steps=20).condition({"y": torch.zeros(5, 2)})
+    rays = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])[:, None] * 10.0 ** torch.arange(1.0, 9.0)[:, None]
+    log_prob = posterior.log_prob({"loc": rays})
+    assert log_prob.isfinite().all() and (log_prob.diff() < 0).all()
+    assert log_prob[:, -1].min() > -1e5  # a normal is at -1e16
 
 
 def test_default_budget_gives_way_to_any_other():

@@ -146,6 +146,7 @@ def conjugate(budget: int, *, sets: bool, num_steps: int | None, seed: int) -> N
     x = torch.randn(2000, 3)
     x = torch.linalg.solve_triangular(torch.linalg.cholesky(x.T.cov()), (x - x.mean(0)).T, upper=False).T
     with torch.no_grad():
+        x = x * posterior.base_dist.variance[0].sqrt()  # of Student's t, whose covariance is not I
         z = (posterior.transforms[0](x[:, None].expand(-1, len(y), 3)) - y.sum(1) / 6) * math.sqrt(6)
     mean, sd = z.mean(0).abs(), (z.std(0) - 1).abs()
     cells = [f"{x.square().mean().sqrt():.3f} | {x.max():.3f}" for x in (mean, sd)]
