@@ -60,7 +60,7 @@ def fit_guide(
     rises over ``warmup`` steps, stays, and falls to zero by a cosine over the last part of the fit, in which the
     weights are averaged; whichever of averaged, last and best weights has the highest ELBO on common draws is kept.
     A plateau first makes the draws of a step more, then brings that last part forward. A guide with a method
-    ``warm_start``, such as ``AutoRealNVP``, first looks for a good start, in 15 % of the budget, or up to 40 %
+    ``warm_start``, such as ``AutoRealNVP``, first looks for a good start, in 15 % of the budget, or up to 60 %
     where it has far to go. Gradients are clipped at twice the running median of their norms, and steps above ten
     times it left out. Steps that are not finite, or whose draw the model refuses, are left out too.
 
@@ -81,8 +81,9 @@ def fit_guide(
             twice that where there are 256 from the start.
         optimizer: called with (parameters, lr=...); any class of ``torch.optim`` but LBFGS, or a partial of it.
         num_particles: draws a step. Default 8 one by one; at once 64, and 256 from the first plateau on, or from the
-            start where ``seconds`` is given and that makes a step less than twice as long.
-        warmup: number of steps over which the learning rate rises; at most a tenth of ``num_steps``.
+            start where ``seconds`` is given and that makes a step less than twice as long, 1024 where that costs
+            next to nothing.
+        warmup: number of steps over which the learning rate rises; at most a tenth of all steps.
         decay: share of the fit over which the learning rate falls.
         tolerance: improvement between evaluations, in nats, below which the ELBO is on a plateau; None to use the
             whole budget.

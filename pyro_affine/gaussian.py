@@ -11,6 +11,7 @@ from torch import Tensor
 
 # log-density and its gradient at the rows of a matrix; NaN where there is none. Shapes: (S, D) to (S,) and (S, D).
 ValueAndScore = Callable[[Tensor], tuple[Tensor, Tensor]]
+MayGoOn = Callable[[list[float]], bool]
 _ADAM_RATE = 0.1  # in standard deviations, at the start; it falls like one over the root of the steps
 _LONGEST = 3.0  # median lengths of a residual; a longer one is cut down, lest one far-out draw decides
 _WIDEST_CHANGE = 4.0  # of a variance in one step, either way: a batch that says more than that is not to be trusted
@@ -80,7 +81,7 @@ def _mean(log_weights: Tensor) -> float:
     return float(torch.where(kept, log_weights, log_weights[kept].min() - 10.0).mean())
 
 
-def refine(start: Gaussian, density: ValueAndScore, *, num_draws: int, may_go_on: Callable[[int], bool]) -> Gaussian:
+def refine(start: Gaussian, density: ValueAndScore, *, num_draws: int, may_go_on: MayGoOn) -> Gaussian:
     """Raise the ELBO of a Gaussian by natural gradients, until it stalls.
 
     With draws z = loc + L e and r = L^T grad log p(z) + e, the path gradient in units of the Gaussian, which is zero
@@ -94,7 +95,7 @@ def refine(start: Gaussian, density: ValueAndScore, *, num_draws: int, may_go_on
         start: the Gaussian to begin with.
         density: log-density and score.
         num_draws: draws a step, even.
-        may_go_on: from the number of steps done to whether to make one more.
+        may_go_on: from the ELBOs before each step so far to whether to make one more.
 
     Source: Conjugate-computation variational inference (Khan and Lin, 2017) for the natural gradient; Roeder et al.
     (2017) for the path gradient.
@@ -102,7 +103,7 @@ def refine(start: Gaussian, density: ValueAndScore, *, num_draws: int, may_go_on
     now, best, trust = start, _Best(start), 1.0
     history: list[float] = []
     largest = num_draws / (num_draws + 2 * len(start.loc))  # few draws say little of a large matrix
-    while may_go_on(len(history)) and not _stalls(history, 10):
+    while may_go_on(history) and not _stalls(history, 10):
         half = torch.randn(num_draws // 2, len(now.loc), dtype=now.loc.dtype, device=now.loc.device)
         noise = torch.cat([half, -half])
         values, scores = density(now.draws(noise))
@@ -160,9 +161,7 @@ def _step(now: Gaussian, noise: Tensor, scores: Tensor, size: float) -> Gaussian
     return None if failed else Gaussian(now.loc + now.scale_tril @ shift, now.scale_tril @ factor)
 
 
-def refine_diagonal(
-    start: Gaussian, density: ValueAndScore, *, num_draws: int, may_go_on: Callable[[int], bool]
-) -> DiagonalGaussian:
+def refine_diagonal(start: Gaussian, density: ValueAndScore, *, num_draws: int, may_go_on: MayGoOn) -> DiagonalGaussian:
     """Raise the ELBO of a Gaussian with independent entries, for vectors that are too long for a matrix.
 
     Adam in units of the present standard deviations, with the path gradient: E[r] for the mean and E[r e] for the
@@ -175,7 +174,7 @@ def refine_diagonal(
     loc, log_scale = start.loc.clone(), start.scale.log()
     means, squares = torch.zeros(2, 2, len(loc)).to(loc)
     history: list[float] = []
-    while may_go_on(len(history)) and not _stalls(history, 50):
+    while may_go_on(history) and not _stalls(history, 50):
         now = DiagonalGaussian(loc, log_scale.exp())
         noise = torch.randn(num_draws, len(loc)).to(loc)
         values, scores = density(now.draws(noise))

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
-from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
@@ -21,7 +20,7 @@ from pyro_affine.low_rank import LowRankAffine
 from pyro_affine.random_state import seeded
 from pyro_affine.scales import ScaleMap
 from pyro_affine.student import UncheckedStudentT
-from pyro_affine.support_check import CheckedGuide
+from pyro_affine.support_check import CheckedGuide, init_to_median
 from pyro_affine.tails import LOFT
 from pyro_affine.warm_start import LARGEST_DENSE, find_gaussian
 from pyro_affine.whitening import DiagonalWhitening, Whitening

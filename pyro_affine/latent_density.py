@@ -26,6 +26,8 @@ from pyro_affine.traces import (
 )
 
 _CHUNK = 256  # draws at once, unless the sites of the model are large
+_HIGHEST = 1e12  # nats; what is above comes from rounding, such as a difference of squares over a scale of 1e-20
+_SMALL_CHUNK, _SMALL_ENTRIES = 1024, 1_000_000  # where they are small, of which all together fit a processor's cache
 
 
 class LatentDensity:
@@ -73,7 +75,7 @@ class LatentDensity:
         return self._run(lanes.place(latents, 1), lanes)
 
     def value_and_score(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-density of each row and its gradient, without a graph; NaN at rows that the model refuses.
+        """Log-density of each row and its gradient, without a graph; NaN where the model refuses or overflows.
 
         Shape: (S, D) to (S,) and (S, D), float64.
         """
@@ -87,7 +89,8 @@ class LatentDensity:
         with torch.enable_grad(), pyro.validation_enabled(False):  # so that one NaN leaves its neighbours alone
             values = self(leaf)
             (scores,) = torch.autograd.grad(values.sum(), leaf)
-        return values.detach(), scores.double().masked_fill(~values.isfinite()[:, None], torch.nan)
+        values = values.detach().masked_fill(values > _HIGHEST, torch.nan)
+        return values, scores.double().masked_fill(~values.isfinite()[:, None], torch.nan)
 
     def pieces(self, latents: Tensor) -> tuple[Tensor, ...]:
         """The rows in as many pieces as the model is run. Shape: (S, D)."""
@@ -105,7 +108,10 @@ class LatentDensity:
 
     @cached_property
     def _rows_at_once(self) -> int:
-        return 1 if self.nesting is None else draws_at_once(self._prototype, _CHUNK)
+        if self.nesting is None:
+            return 1
+        small = draws_at_once(self._prototype, _SMALL_CHUNK, most_entries=_SMALL_ENTRIES)
+        return max(small, draws_at_once(self._prototype, _CHUNK))
 
     def _halve(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """All rows at once; where the model refuses one, each half, down to the rows that are to blame."""

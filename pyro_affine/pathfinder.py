@@ -11,8 +11,10 @@ from torch import Tensor
 from pyro_affine.gaussian import Gaussian, ValueAndScore
 
 _SUFFICIENT = 1e-4  # share of the rise that the slope promises, as in every line search since Armijo (1966)
+_INCREDIBLE = 1e6  # times that rise: a density that rises more is a matter of rounding
 _FLAT = 1e-6  # nats that a Newton step would still gain: the end of a path
 _LEAST_DAMPING = 1e-6  # share of the largest curvature that is added to each, ten times more after each failure
+_LOG_ROOT_2_PI = 0.5 * math.log(2 * math.pi)
 _PROBE_EVERY = 10  # iterations after which H is taken from differences again
 
 
@@ -31,6 +33,8 @@ class Path:
     Attributes:
         best: the Gaussian with the highest ELBO so far, or None.
         best_elbo: that ELBO, a rough one.
+        evidence: log of the integral of the density by the last Gaussian (Laplace), in nats: it does not rise on the
+            way into a peak without end, as that of a hierarchical scale of 0 is, where the log-density does.
         inverse: H. Shape: (D, D).
         is_fresh: whether H is no more than a guess.
         damping: share of the largest curvature that is added to all of them when H is taken anew.
@@ -42,7 +46,7 @@ class Path:
     def __init__(self, point: Tensor, value: float, score: Tensor) -> None:
         self.point, self.value, self.score = point, value, score
         self.best: Gaussian | None = None
-        self.best_elbo = -math.inf
+        self.best_elbo = self.evidence = -math.inf
         self.inverse = self._first_inverse()
         self.damping, self.is_fresh, self.done = 0.0, True, False
 
@@ -84,7 +88,7 @@ class Path:
             slopes: rise that the gradient here promises of each. Shape: (A,).
         """
         rises = values - self.value
-        allowed = scores.isfinite().all(-1) & (rises > _SUFFICIENT * slopes)
+        allowed = scores.isfinite().all(-1) & (rises > _SUFFICIENT * slopes) & (rises < _INCREDIBLE * (1 + slopes))
         if not allowed.any():
             self.damping = max(10 * self.damping, _LEAST_DAMPING)
             self.done = self.is_fresh or self.damping > 1
@@ -128,7 +132,7 @@ def climb(
         num_draws: draws for the ELBO of each Gaussian.
         spacing: relative distance of the differences that the first H is taken from; None to start from the
             identity, where 2 D scores a path are too many.
-        may_go_on: from the number of iterations done, the highest ELBO and the highest log-density so far to whether
+        may_go_on: from the number of iterations done, the highest ELBO so far and the highest evidence now to whether
             to make one more.
 
     Returns:
@@ -141,7 +145,7 @@ def climb(
     sizes = torch.tensor(step_sizes, dtype=starts.dtype, device=starts.device)[:, None]
     iteration = 0
     while active := [path for path in paths if not path.done]:
-        if not may_go_on(iteration, max(path.best_elbo for path in paths), max(path.value for path in paths)):
+        if not may_go_on(iteration, max(path.best_elbo for path in paths), max(path.evidence for path in paths)):
             break
         if spacing is not None:
             _probe([path for path in active if path.is_fresh or iteration % _PROBE_EVERY == 0], density, spacing)
@@ -169,6 +173,7 @@ def _advance(paths: list[Path], density: ValueAndScore, sizes: Tensor, noise: Te
     for index, (path, gaussian) in enumerate(zip(paths, gaussians, strict=True)):
         if gaussian is not None:
             elbo = float(gaussian.log_weights(values[2 * index + 1], noise).mean())
+            path.evidence = path.value + float((gaussian.scale.log() + _LOG_ROOT_2_PI).sum())
             if elbo > path.best_elbo:  # never where it is NaN
                 path.best, path.best_elbo = gaussian, elbo
         slopes = sizes[:, 0] * (path.score @ directions[index])

@@ -53,13 +53,23 @@ class Budget:
             raise ValueError(f"decay must be in [0, 1), got {decay}; 0.5 decays over the second half")
         self.num_steps, self.seconds, self.decay = num_steps, seconds, decay
         self.step, self.elapsed, self.end, self._reserved = 0, 0.0, 1.0, 0.0
+        self._begun = 0, 0.0  # step and progress
         self.clock = clock or time.perf_counter
         self._mark = self.clock()
 
     def tick(self) -> None:
         """Count one step and the time since the last one."""
-        now = self.clock()
         self.step += 1
+        self._count_time()
+
+    def begin(self) -> None:
+        """Training begins now: what came before it, such as the search for a start, is spent."""
+        if self.seconds is not None:
+            self._count_time()
+            self._begun = self.step, self.progress
+
+    def _count_time(self) -> None:
+        now = self.clock()
         self.elapsed += now - self._mark
         self._mark = now
 
@@ -76,6 +86,14 @@ class Budget:
     def progress(self) -> float:
         """How far along the fit is, from 0 to 1."""
         return min(self._spent / self.end, 1.0)
+
+    def warmup(self, longest: int) -> int:
+        """Steps that a warm-up may take: a tenth of those that there are, or seem to be by the time they take."""
+        known = longest if self.num_steps is None else self.num_steps // 10
+        steps, share = self.step - self._begun[0], self.progress - self._begun[1]
+        if self.seconds is not None and share > 0:
+            known = min(known, int(0.1 * steps * (1 - self._begun[1]) / share))
+        return min(longest, known)
 
     @property
     def decaying(self) -> bool:

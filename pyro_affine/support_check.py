@@ -8,14 +8,24 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoContinuous
+from pyro.infer.autoguide import AutoContinuous, initialization
 from torch import Tensor
-from torch.distributions import Distribution, biject_to, register_kl
+from torch.distributions import Distribution, biject_to, register_kl, transform_to
 
 from pyro_affine.random_state import seeded
 from pyro_affine.traces import require_whole_plates
 
 _SHIFTS = (0.5, 0.1, 0.01)  # how far the latents are moved for a second look, in unconstrained space
+
+
+def init_to_median(site: Any) -> Tensor:
+    """Pyro's ``init_to_median``; 0 in unconstrained space for an ``ImproperUniform``, which cannot be sampled."""
+    try:
+        return initialization.init_to_median(site)  # type: ignore[no-any-return]
+    except NotImplementedError:
+        transform = transform_to(site["fn"].support)
+        value: Tensor = transform(torch.zeros(transform.inverse_shape(site["fn"].shape())))
+        return value
 
 
 def require_fixed_supports(guide: AutoContinuous, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ def batch_depth(site: Site) -> int:
     return int(max([undeclared, *frames]))
 
 
-def draws_at_once(trace: Any, most: int) -> int:
+def draws_at_once(trace: Any, most: int, *, most_entries: int | None = None) -> int:
     """How many draws a run should hold, of a program whose trace for one draw is given: few where its sites are large.
 
     >>> import pyro, pyro.distributions as dist
@@ -157,7 +157,7 @@ def draws_at_once(trace: Any, most: int) -> int:
     10
     """
     entries = sum(int(site["value"].numel()) for site in sample_sites(trace).values())
-    return max(1, min(most, _MAX_ENTRIES // max(entries, 1)))
+    return max(1, min(most, (most_entries or _MAX_ENTRIES) // max(entries, 1)))
 
 
 def read_log_prob(trace: Any, lanes: Lanes) -> Rows:

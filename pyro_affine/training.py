@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from typing import Any, NoReturn
 
@@ -63,7 +62,6 @@ class TrainingLoop:
         arguments = arguments_of(task, optimizer, budget=budget, rule=rule, options=options)
         self._identity = {"architecture": fingerprint(weights.tensors()), "arguments": arguments}
         self._rates = [group["lr"] for group in optimizer.param_groups]
-        self._warmup = min(options.warmup, (budget.num_steps or sys.maxsize) // 10)
         self._best: dict[str, Any] = {"value": -math.inf}
         self._evaluated, self._restarted, self._decay_begun, self._mid_step = 0, 0, False, False
         self.bar = ProgressBar(
@@ -90,6 +88,7 @@ class TrainingLoop:
 
     def _train(self) -> None:
         self._mark_boundary()
+        self.budget.begin()
         try:
             if not self.budget.step:
                 self._evaluate()  # the start is a candidate too
@@ -129,7 +128,8 @@ class TrainingLoop:
         self._mark_boundary()
 
     def _set_rates(self) -> None:
-        factor = learning_rate_factor(self.budget.step - self._restarted, self.budget.into_decay, warmup=self._warmup)
+        warmup = self.budget.warmup(self.options.warmup)
+        factor = learning_rate_factor(self.budget.step - self._restarted, self.budget.into_decay, warmup=warmup)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor * self.recovery.rate_scale
 

@@ -20,7 +20,10 @@ _RADIUS = 2.0  # of random starts: uniform within two units of 0, as Stan starts
 _SEPARATE = 5.0  # nats by which the density dips between two modes that count as two
 _MANY = 60  # iterations that most ascents end within
 _CHEAP = 1.5  # times the time of one ascent that many may take
-_OVERDRAFT = 2.0  # allowances that ascents may take, as long as they rise by a nat in five iterations
+_OVERDRAFT = 2.0  # allowances that a search may take, as long as it rises by a nat in five rounds
+_MANY_DRAWS = 1024  # by which a Gaussian is refined where rows cost next to nothing
+_FAR = 4.0  # and as long as it rises by five: training would take longer for that way
+_NUM_KEPT = 4  # ascents whose Gaussians are compared
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Effort:
 # Many rows at once cost about as much as one, unless the data are many. One by one, each counts.
 _THOROUGH = Effort(7, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 256, trials=(0.25, 0.3))
 _SLOW = Effort(15, (1.0, 0.5, 2.0, 0.2, 0.05, 0.01, 1e-3, 1e-5), 8, 64, climb=0.6, refine=0.35)
+_SLOW_FEW = replace(_SLOW, num_random_starts=7)
 _SLOW_ROWS = replace(_SLOW, num_random_starts=0)
 _WIDE = Effort(0, (), 0, 64, trials=(0.4, 0.4))  # no ascents where a matrix cannot be afforded
 _ONE_BY_ONE = Effort(0, (1.0, 0.2, 0.01), 4, 8, refine=0.7)
@@ -97,7 +101,7 @@ def find_gaussian(
         density: of the model.
         init_loc: where the guide would start by itself. Shape: (D,).
         init_scale: its standard deviation there.
-        seconds: how long it should take, and nearly three times that while ascents still rise; None for no limit.
+        seconds: how long it should take, up to about four times that as long as it still rises; None for no limit.
         num_runs: the same in model runs, draws at once counted as one.
 
     Returns:
@@ -121,7 +125,7 @@ def find_gaussian(
     effort = (_THOROUGH if at_once else _ONE_BY_ONE) if dense else _WIDE
     if seconds is not None and effort is _THOROUGH:
         effort = _effort(start, evaluate, allowance)
-    num_draws = (min(max(64, 4 * len(loc)), 256) if dense else 64) if at_once else 8
+    num_draws = _num_refined(effort, len(loc)) if at_once else 8
 
     def raise_elbo(gaussian: Gaussian, share: float) -> Gaussian:
         improve, end = refine if dense else refine_diagonal, allowance.spent + share
@@ -129,7 +133,7 @@ def find_gaussian(
             gaussian,
             evaluate,
             num_draws=num_draws,
-            may_go_on=lambda step: step < _MAX_REFINEMENTS and allowance.spent < end,
+            may_go_on=lambda elbos: len(elbos) < _MAX_REFINEMENTS and allowance.spent < _limit(elbos, end),
         )
 
     spacing = torch.finfo(init_loc.dtype).eps ** (1 / 3) if at_once else None  # the best for central differences
@@ -138,6 +142,13 @@ def find_gaussian(
     rivals += [raise_elbo(rival, share) for rival, share in zip(rivals[::-1], effort.trials, strict=False)]
     chosen = _best(rivals, evaluate, effort.num_scored)
     return _best([chosen, raise_elbo(chosen, effort.refine)], evaluate, effort.num_scored)
+
+
+def _num_refined(effort: Effort, num_latents: int) -> int:
+    """Draws in each step of a refinement, where they go at once."""
+    if effort is _WIDE:
+        return 64
+    return _MANY_DRAWS if effort is _SLOW else min(max(64, 4 * num_latents), 256)
 
 
 def _effort(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance) -> Effort:
@@ -150,19 +161,23 @@ def _effort(start: Gaussian, evaluate: ValueAndScore, allowance: Allowance) -> E
     one, many = spent[1] - spent[0], spent[2] - spent[1]
     if many < _THOROUGH.climb / _MANY:
         return _THOROUGH
-    return _SLOW if many < _CHEAP * one else _SLOW_ROWS
+    if many < _CHEAP * one:
+        return _SLOW
+    return _SLOW_FEW if many < _SLOW.climb / _MANY else _SLOW_ROWS
 
 
 def _ascend(
     start: Gaussian, evaluate: ValueAndScore, allowance: Allowance, effort: Effort, spacing: float | None
 ) -> Gaussian:
     """The best of the start and of Gaussians on the way to modes and at them."""
-    history: list[tuple[float, float]] = []
+    highest: list[float] = []
+    evidences: list[float] = []  # as ELBOs can stand still on the way through where draws go astray
 
-    def may_go_on(iteration: int, elbo: float, log_density: float) -> bool:
-        history.append((elbo, log_density))  # an ELBO can stand still on the way through where draws go astray
-        rises = any(now > then + 1 for now, then in zip(history[-1], history[-6:][0], strict=True))
-        return iteration < _MAX_ITERATIONS and allowance.spent < (_OVERDRAFT if rises else effort.climb)
+    def may_go_on(iteration: int, elbo: float, evidence: float) -> bool:
+        highest.append(elbo)
+        evidences.append(evidence)
+        most = max(_limit(values, effort.climb) for values in (highest, evidences))
+        return iteration < _MAX_ITERATIONS and allowance.spent < most
 
     paths = climb(
         _starts(start.loc, effort.num_random_starts),
@@ -174,8 +189,16 @@ def _ascend(
     )
     if any(path.done for path in paths):
         _warn_of_modes(paths, evaluate)
-    candidates = [start, *(path.best for path in paths), *(path.gaussian() for path in paths)]
+    on_the_way = sorted(paths, key=lambda path: -path.best_elbo)[:_NUM_KEPT]
+    at_the_end = sorted(paths, key=lambda path: -path.evidence)[:_NUM_KEPT]
+    candidates = [start, *(path.best for path in on_the_way), *(path.gaussian() for path in at_the_end)]
     return _best([candidate for candidate in candidates if candidate is not None], evaluate, effort.num_scored)
+
+
+def _limit(values: list[float], usual: float) -> float:
+    """Allowances that may be spent as long as values rise as they did in the last five rounds."""
+    rise = values[-1] - values[-6:][0] if values and values[-1] > -math.inf else 0.0
+    return max(usual, _FAR if rise > 5 and len(values) > 5 else _OVERDRAFT if rise > 1 else 0.0)
 
 
 def _starts(loc: Tensor, num_random: int) -> Tensor:

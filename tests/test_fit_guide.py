@@ -27,6 +27,7 @@ from pyro.infer.autoguide import (
 from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.nn import PyroModule, PyroSample
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pyro_affine.conditional_guide import AutoConditionalRealNVP
 from pyro_affine.fit import fit_guide
@@ -722,14 +723,29 @@ def test_single_draws_that_the_model_refuses_are_left_out_and_counted() -> None:
     assert f"{result.num_dropped} single draws were left out" in str(result)
 
 
-def test_draws_from_before_the_first_step_are_not_counted_as_left_out() -> None:
+def test_draws_from_before_the_first_step_are_not_counted_as_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def model() -> None:
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         scale = torch.where((100 * z.sum(-1)).cos() > -0.5, 1.0, math.nan)  # a third is refused, wherever draws are
         pyro.sample("x", dist.Normal(z.sum(-1), scale), obs=torch.tensor(0.0))
 
+    seconds, times = GuideTask._seconds, iter((1.0, 9.0))  # 256 draws are tried, and left to be 64
+    monkeypatch.setattr(GuideTask, "_seconds", lambda *args: seconds(*args) * 0.0 + next(times))
     result = fit(model, small_flow(model), num_steps=1, seconds=1000.0, num_particles=None)
-    assert math.isfinite(result.losses[0]) and 0 < result.num_dropped < 128  # a finite loss is of more than half of 256
+    assert math.isfinite(result.losses[0]) and 0 < result.num_dropped < 32  # a finite loss is of more than half
+
+
+def test_a_prior_that_cannot_be_sampled_starts_in_the_middle() -> None:
+    def model() -> None:
+        loc = pyro.sample("loc", dist.ImproperUniform(constraints.real_vector, (), (2,)))
+        scale = pyro.sample("scale", dist.ImproperUniform(constraints.positive, (), ()))
+        data = torch.linspace(-2.0, 4.0, 20)
+        pyro.sample("x", dist.Normal(loc[..., :1], scale[..., None] + loc[..., 1:].square()).to_event(1), obs=data)
+
+    guide = small_flow(model)
+    guide()
+    assert torch.equal(guide._init_loc(), torch.zeros(3))
+    assert fit(model, guide, num_steps=20).num_steps == 20
 
 
 def test_draws_grow_once_and_only_where_their_number_is_open() -> None:
@@ -742,6 +758,23 @@ def test_draws_grow_once_and_only_where_their_number_is_open() -> None:
     resumed.load_state_dict(task.state_dict())
     assert resumed.num_particles == 256 and not resumed.grow()
     assert not task_of(pair, 8).grow()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [((1.0, 1.1, 1.2), 1024), ((1.0, 1.9, 3.0), 256), ((1.0, 2.1), 64)],
+    ids=["free", "cheap", "dear"],
+)
+def test_draws_grow_at_the_start_as_far_as_they_cost_little(
+    seconds: tuple[float, ...], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(conjugate, AutoNormal(conjugate))
+    pair.prototype()
+    task, times = task_of(pair), iter(seconds)
+    monkeypatch.setattr(GuideTask, "_seconds", lambda *_: next(times))
+    task.grow_if_cheap(10.0)
+    assert task.num_particles == expected and task.grow() is (expected == 64)
+    task_of(pair, 8).grow_if_cheap(10.0)  # the number is given: nothing is timed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

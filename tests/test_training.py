@@ -94,6 +94,18 @@ def raise_at(call: int, error: BaseException) -> Callable[[int, Tensor], Tensor 
 # ---- schedule, clipping, budget
 
 
+def test_a_warmup_takes_no_more_than_a_tenth_of_what_is_left_when_training_begins() -> None:
+    now = [0.0]
+    budget = Budget(seconds=10.0, clock=lambda: now[0])
+    now[0] = 6.0  # a search for a start
+    budget.begin()
+    assert budget.progress == pytest.approx(0.6) and budget.warmup(50) == 50  # what a step takes is not known yet
+    now[0] = 6.19
+    budget.tick()
+    assert budget.warmup(50) == 2  # of 21 steps
+    assert Budget(num_steps=100).warmup(50) == 10 and Budget(num_steps=1000).warmup(50) == 50
+
+
 @pytest.mark.parametrize(
     ("step", "into_decay", "factor"),
     [(0, 0.0, 0.02), (24, 0.0, 0.5), (49, 0.0, 1.0), (900, 0.0, 1.0), (900, 0.5, 0.5), (999, 1.0, 0.0)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,7 +26,16 @@ from pyro_affine.low_rank import LowRankAffine
 from pyro_affine.particles import Pair
 from pyro_affine.pathfinder import climb
 from pyro_affine.random_state import seeded
-from pyro_affine.warm_start import find_gaussian
+from pyro_affine.warm_start import (
+    _SLOW,
+    _SLOW_FEW,
+    _SLOW_ROWS,
+    _THOROUGH,
+    Allowance,
+    _effort,
+    _limit,
+    find_gaussian,
+)
 from pyro_affine.whitening import DiagonalWhitening, Whitening
 
 
@@ -136,6 +146,7 @@ def test_a_model_with_many_rows_is_run_at_fewer_draws(monkeypatch: pytest.Monkey
     latents = torch.randn(20, guide.latent_dim)
     expected = make_density(plates, guide).value_and_score(latents)
     monkeypatch.setattr("pyro_affine.traces._MAX_ENTRIES", 100)
+    monkeypatch.setattr("pyro_affine.latent_density._SMALL_ENTRIES", 50)
     density, pair = make_density(plates, guide), Pair(plates, guide)
     assert [len(rows) for rows in density.pieces(latents)] == [11, 9]  # of nine entries each
     for found, whole in zip(density.value_and_score(latents), expected, strict=True):
@@ -145,6 +156,25 @@ def test_a_model_with_many_rows_is_run_at_fewer_draws(monkeypatch: pytest.Monkey
     with seeded(1):
         again = pair.log_weights(30, 1)  # the number of draws at once is known by now
     assert pair._draws_at_once == 11 and torch.equal(first, again)
+
+
+def test_small_models_run_at_more_draws() -> None:
+    density = make_density(plates)
+    assert [len(rows) for rows in density.pieces(torch.zeros(1500, density._guide.latent_dim))] == [1024, 476]
+
+
+def test_a_density_that_only_rounding_makes_so_high_is_none() -> None:
+    """As that of a low-rank Gaussian whose variances underflow, 1e55 nats in float64."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("rounding", torch.where(z[..., 0] > 3, 1e15 * z[..., 0], 0.0))
+
+    density = make_density(model)
+    values, scores = density.value_and_score(torch.tensor([[0.0, 0.0], [4.0, 0.0]]))
+    assert values.isfinite().tolist() == [True, False] and scores.isfinite().all(-1).tolist() == [True, False]
+    found = find_gaussian(density, torch.zeros(2), 0.1)
+    assert float(found.loc.abs().max()) < 0.1 and elbos([found], density.value_and_score, torch.randn(64, 2))[0] < 0.1
 
 
 def test_rows_that_the_model_refuses_are_nan_and_the_others_are_not() -> None:
@@ -217,21 +247,21 @@ def test_refining_with_independent_entries_finds_the_mean_field_optimum() -> Non
         return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
     start = Gaussian(CENTRE - torch.tensor([3.0, -3.0, 50.0]), torch.diag(torch.tensor([0.1, 0.1, 10.0])))
-    found = refine_diagonal(start, density, num_draws=64, may_go_on=lambda step: step < 1000)
+    found = refine_diagonal(start, density, num_draws=64, may_go_on=lambda elbos: len(elbos) < 1000)
     assert torch.allclose(found.scale, covariance.inverse().diagonal() ** -0.5, rtol=0.1)
     assert ((found.loc - CENTRE).abs() < 0.4 * found.scale).all()
 
 
 def test_refining_meets_a_gaussian_density() -> None:
     start = Gaussian(torch.zeros(3), torch.eye(3))
-    found = refine(start, log_normal, num_draws=64, may_go_on=lambda step: step < 300)
+    found = refine(start, log_normal, num_draws=64, may_go_on=lambda elbos: len(elbos) < 300)
     assert abs(elbos([found], log_normal, torch.randn(1000, 3))[0]) < 1e-3
 
 
 def test_refining_survives_draws_without_a_density() -> None:
     density = make_density(touchy).value_and_score
     start = Gaussian(torch.full((2,), 2.3), 3 * torch.eye(2))
-    found = refine(start, density, num_draws=32, may_go_on=lambda step: step < 100)
+    found = refine(start, density, num_draws=32, may_go_on=lambda elbos: len(elbos) < 100)
     assert torch.allclose(found.loc, torch.full((2,), 0.5), atol=0.05) and found.scale_tril.diagonal().max() < 0.2
 
 
@@ -273,7 +303,7 @@ def test_found_gaussian_is_as_good_as_a_long_fit(model: Any) -> None:
     found = find_gaussian(density, density._guide._init_loc(), 0.1)
     noise = torch.randn(4000, len(found.loc))
     elbo = elbos([found], density.value_and_score, noise)[0]
-    best = refine(found, density.value_and_score, num_draws=2000, may_go_on=lambda step: step < 40)
+    best = refine(found, density.value_and_score, num_draws=2000, may_go_on=lambda elbos: len(elbos) < 40)
     assert math.isfinite(elbo) and elbo > elbos([best], density.value_and_score, noise)[0] - 0.1
     assert density.num_runs < 700
 
@@ -295,6 +325,57 @@ def test_budget_in_runs_is_kept_and_something_finite_comes_back(num_runs: int) -
         assert found.loc.isfinite().all() and found.scale_tril.isfinite().all()
         overhead = 60 if model is branching else 20  # one round of each phase
         assert density.num_runs <= 2.7 * num_runs + overhead  # while ascents rise
+
+
+def groups() -> None:
+    """A centred hierarchy: its density has no maximum, as it rises without end towards a scale of 0."""
+    mu, scale = pyro.sample("mu", dist.Normal(0.0, 10.0)), pyro.sample("scale", dist.HalfCauchy(1.0))
+    with pyro.plate("group", 20):
+        theta = pyro.sample("theta", dist.Normal(mu, scale))
+        pyro.sample("y", dist.Normal(theta, 0.3), obs=torch.linspace(1.0, 3.0, 20))
+
+
+def test_a_peak_without_end_keeps_no_ascent_going_and_a_gaussian_is_refined_as_long_as_it_rises() -> None:
+    density = make_density(groups)
+    loc = density._guide._init_loc()
+    evidences: list[float] = []
+
+    def may_go_on(step: int, elbo: float, evidence: float) -> bool:
+        evidences.append(evidence)
+        return step < 60
+
+    in_the_neck = torch.cat([torch.tensor([2.0, -3.0]), torch.full((20,), 2.0)])[None]
+    options: dict[str, Any] = {"step_sizes": [1.0, 0.5, 0.1], "num_draws": 8, "spacing": 1e-5}
+    (path,) = climb(in_the_neck, density.value_and_score, may_go_on=may_go_on, **options)
+    assert path.value > 50 and torch.tensor(evidences[30:]).median() < -25  # the true one is -24.7
+    few, many = (find_gaussian(density, loc, 0.1, num_runs=num_runs) for num_runs in (20, None))
+    low, high = elbos([few, many], density.value_and_score, torch.randn(1000, len(loc)))
+    assert low > high - 1
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([], 0.3), ([-math.inf], 0.3), ([1.0, 1.1], 0.3), ([1.0, 3.0], 2.0), ([0.0, 1, 2, 3, 4, 9], 4.0)],
+    ids=["none", "no density", "slow", "rises", "far"],
+)
+def test_a_search_may_spend_more_as_long_as_it_rises(values: list[float], expected: float) -> None:
+    assert _limit(values, 0.3) == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [((1e-3, 2e-3), _THOROUGH), ((1.0, 1.2), _SLOW), ((3e-3, 9e-3), _SLOW_FEW), ((1.0, 8.0), _SLOW_ROWS)],
+    ids=["fast", "slow", "many rows", "many slow rows"],
+)
+def test_how_thorough_a_search_is_goes_by_what_rows_cost(
+    seconds: tuple[float, float], expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than one start wherever it can be afforded, so that modes are found."""
+    clock = itertools.accumulate((0.0, 0.0, *seconds))
+    monkeypatch.setattr("pyro_affine.warm_start.time.perf_counter", lambda: next(clock))
+    density = make_density(plates)
+    start = Gaussian(density._guide._init_loc(), torch.eye(density._guide.latent_dim))
+    assert _effort(start, density.value_and_score, Allowance(density, 1.0, None)) is expected
 
 
 def test_two_modes_are_warned_of_and_one_is_not() -> None:
